@@ -1,0 +1,1 @@
+"""Models as transformers classes, and what training needs around them. Imports torch, transformers and itself alone."""

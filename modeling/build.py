@@ -1,0 +1,47 @@
+"""From config fields to a stock transformers model with the initial weights a recipe asks for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+RESIDUAL_PROJECTIONS = ("o_proj", "down_proj", "c_proj")  # what each block adds to the residual stream, in Llama and GPT-2
+
+
+def build_config(fields: dict[str, Any], eos_token_id: int, bos_token_id: int | None) -> PretrainedConfig:
+    """A `GPT2Config` or `LlamaConfig` from its fields (`model_type` among them).
+
+    `pad_token_id` stays unset: GPT-2 would look for padding in every batch, which waits for the device each time.
+    """
+    fields = dict(fields)
+    model_type, attention = fields.pop("model_type"), fields.pop("attn_implementation")
+    if model_type == "llama":
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    config_class = {"gpt2": GPT2Config, "llama": LlamaConfig}[model_type]
+    config = config_class(**fields, eos_token_id=eos_token_id, bos_token_id=bos_token_id, pad_token_id=None)
+    config._attn_implementation = attention
+    return config
+
+
+def build_model(config: PretrainedConfig, depth_scaled_init: bool, seed: int) -> PreTrainedModel:
+    """A stock causal LM in fp32: matrices normal(0, initializer_range), biases zero, norms one.
+
+    With `depth_scaled_init` residual projections get initializer_range / sqrt(2 x layers) (Radford et al. 2019,
+    section 2.3), otherwise initializer_range; stock GPT-2 always scales and stock Llama never does.
+    """
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    std = config.initializer_range / (math.sqrt(2 * config.num_hidden_layers) if depth_scaled_init else 1.0)
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in RESIDUAL_PROJECTIONS:
+            nn.init.normal_(module.weight, mean=0.0, std=std)
+    return model
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks, found by the class names that transformers declares unsplittable."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]

@@ -1,0 +1,32 @@
+"""Pretrain a recipe on its prepared data, or go on where a run was stopped.
+
+accelerate launch --config_file accelerate_configs/cpu.yaml scripts/pretrain.py recipes/quickstart.yaml [section.key=value ...]
+"""
+
+import argparse
+import sys
+
+from isoflop.errors import run_command
+from isoflop.recipe_file import load_recipe
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the recipe first: a mistake in it costs no import of the libraries behind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a YAML file of recipes/")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, e.g. training.max_steps=2000")
+    parser.add_argument(
+        "--resume", nargs="?", const="newest", metavar="STEP", help="require a checkpoint, or take that step's (default: go on if any)"
+    )
+    parser.add_argument("--eval-only", "--eval_only", action="store_true", help="measure the newest checkpoint's validation loss")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="check everything, do one step, write nothing")
+    arguments = parser.parse_intermixed_args(argv)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+
+    from isoflop.pretrain import pretrain
+
+    return pretrain(recipe, arguments.resume, arguments.eval_only, arguments.dry_run)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""Processes: the Accelerator, the proof that the launch is the one asked for, and stopping together.
+
+How a run is launched is said in `accelerate_configs/`; accelerate silently does less than asked in several cases (a
+MULTI_CPU config runs one process; a GPU config on a machine without GPUs runs unconnected copies that all write as rank 0;
+FSDP and DeepSpeed are ignored on CPU), so what came up is held against what was asked before any work.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType
+
+from isoflop.errors import UserError, nearest
+from isoflop.recipe import Output
+
+EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved; the same command goes on
+
+
+def build_accelerator(output: Output) -> Accelerator:
+    """The Accelerator of this process. Raises `UserError` where it is not what the launch asked for."""
+    trackers = usable_trackers(output)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else accelerate starts unconnected processes on a machine without GPUs
+        log_with=trackers or None,
+        project_dir=output.run_dir,
+        step_scheduler_with_optimizer=False,
+    )
+    check_launch(accelerator)
+    return accelerator
+
+
+def usable_trackers(output: Output) -> list[str]:
+    """The recipe's trackers that are installed. Raises `UserError` for an unknown name, or a required one that is not there."""
+    known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
+    installed = [str(name) for name in get_available_trackers()]
+    for name in output.trackers:
+        if name not in known:
+            raise UserError(f"output.trackers: {name!r} is not a tracker of Accelerate's{nearest(name, known)}")
+        if name not in installed and output.trackers_required:
+            raise UserError(
+                f"output.trackers: {name!r} is not installed; run: pip install {name}, or set output.trackers_required=false"
+                " to go on without it"
+            )
+        if name not in installed:
+            print(f"tracker {name} is not installed: going on without it", file=sys.stderr, flush=True)
+    return [name for name in output.trackers if name in installed]
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuse when the process count or the engine is not the one asked for."""
+    asked, asker = _asked_processes()
+    if accelerator.num_processes != asked:
+        raise UserError(
+            f"{asker} asked for {asked} processes, but this one runs alone with {accelerator.num_processes}: they would each"
+            " train everything and write the same files. On CPU use accelerate_configs/2cpu_ddp.yaml (distributed_type"
+            " MULTI_GPU starts processes, MULTI_CPU does not); on GPU check that torch sees the devices"
+        )
+    engines = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
+    for variable, engine in engines.items():
+        if os.environ.get(variable, "").lower() == "true" and accelerator.distributed_type != engine:
+            raise UserError(
+                f"the launch config asked for {engine.value}, but accelerate came up as {accelerator.distributed_type.value}"
+                f" on {accelerator.device.type}; use a config whose engine this machine can run"
+            )
+
+
+def _asked_processes() -> tuple[int, str]:
+    """How many processes the launch asked for: torchrun says so in WORLD_SIZE, accelerate's simple launcher nowhere."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]), "the launcher (WORLD_SIZE)"
+    parent = psutil.Process().parent()
+    try:
+        command = parent.cmdline() if parent else []
+    except psutil.Error:  # a parent that is another user's, or gone
+        return 1, "this launch"
+    names = [argument.replace("\\", "/").rsplit("/", 1)[-1] for argument in command]
+    if "accelerate" in names and "launch" in names:
+        arguments = launch_command_parser().parse_args(command[names.index("launch") + 1 :])
+        config: Any = load_config_from_file(arguments.config_file) if arguments.config_file else None
+        return arguments.num_processes or getattr(config, "num_processes", 1), f"accelerate launch ({arguments.config_file})"
+    return 1, "this launch"
+
+
+class StopRequest:
+    """SIGTERM and SIGINT become a request that the loop answers at its next step: save, then leave with `EXIT_RESUME`.
+
+    Before training there is nothing to save, and the signal leaves at once. Entered as a context manager.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._armed = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def arm(self) -> None:
+        """From here on a signal waits for the loop."""
+        self._armed = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+        if not self._armed:
+            print(f"{self.signal} before training: nothing to save, leaving", file=sys.stderr, flush=True)
+            sys.exit(EXIT_RESUME)
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any rank was told to stop. Collective: every rank calls it at the same point."""
+        return reduce_sums(accelerator, [float(self.signal is not None)])[0] > 0
+
+
+def reduce_sums(accelerator: Accelerator, values: list[float | torch.Tensor]) -> list[float]:
+    """Sums over all processes, in one reduction and one wait for the device."""
+    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=accelerator.device) for v in values])
+    summed: list[float] = accelerator.reduce(stacked, "sum").tolist()
+    return summed

@@ -1,0 +1,178 @@
+"""Setting up a pretraining job: everything that is checked, built or loaded before the first step.
+
+Entered by `check_data`, then `build_job`. Whatever is wrong ends here in a `UserError`, with nothing written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedModel
+
+from isoflop import cost
+from isoflop.data.manifest import Manifest, differences, made_from, read_manifest, verify_shards
+from isoflop.data.order import permute, windows_of_step
+from isoflop.data.tokenizers import tokenizer_hash
+from isoflop.data.windows import Windows
+from isoflop.distributed import StopRequest, build_accelerator
+from isoflop.errors import UserError
+from isoflop.modeling.build import build_config, build_model, decoder_layers
+from isoflop.modeling.loss import TrainingModel
+from isoflop.optim import build_optimizer
+from isoflop.recipe import Recipe, require_whole_steps
+from isoflop.run_folder import RunFolder
+
+# Up to here every byte of the prepared data is hashed at each start (seconds); beyond, sizes alone are compared.
+VERIFY_FULLY_BELOW_BYTES = 16 * 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a step needs, set up once."""
+
+    recipe: Recipe
+    folder: RunFolder
+    manifest: Manifest
+    accelerator: Accelerator
+    stop: StopRequest
+    tokenizer: Any
+    train_windows: Windows
+    validation_windows: Windows
+    causal_lm: PreTrainedModel
+    model: torch.nn.Module
+    """`TrainingModel` around `causal_lm`, prepared by Accelerate."""
+    optimizer: torch.optim.Optimizer
+    num_steps: int
+    accumulation: int
+    """Micro-batches of one process in one optimizer step."""
+
+    def batch(self, step: int) -> torch.Tensor:
+        """This process's ids of a 0-based step on its device, (accumulation, micro_batch_size, sequence_length)."""
+        training, processes = self.recipe.training, self.accelerator.num_processes
+        per_step = training.tokens_per_step // training.sequence_length
+        indices = windows_of_step(step, per_step, len(self.train_windows), self.recipe.seed)
+        mine = indices.reshape(self.accumulation, processes, training.micro_batch_size)[:, self.accelerator.process_index]
+        ids = torch.from_numpy(self.train_windows.take(mine.reshape(-1))).view(*mine.shape, training.sequence_length)
+        if self.accelerator.device.type == "cuda":
+            ids = ids.pin_memory()  # else the copy waits for the device
+        return ids.to(self.accelerator.device, non_blocking=True)
+
+    def validation_order(self) -> NDArray[np.int64]:
+        """The held-out windows to measure on: the same ones for every run over this data."""
+        size = len(self.validation_windows)
+        count = min(size, self.recipe.evaluation.max_windows or size)
+        return permute(np.arange(count), size, self.recipe.data.split_seed, epoch=0)
+
+    def peak_flops(self) -> float | None:
+        """Datasheet FLOP/s of all devices together; None where unknown."""
+        if self.accelerator.device.type != "cuda":
+            return None
+        peak = cost.peak_bf16_flops(torch.cuda.get_device_name(self.accelerator.device))
+        return peak and peak * self.accelerator.num_processes
+
+
+def check_data(recipe: Recipe, is_main: bool) -> Manifest:
+    """The prepared data's manifest, after holding it against the recipe and the files against it."""
+    prepared_dir = recipe.data.prepared_dir
+    manifest = read_manifest(prepared_dir)
+    if changes := differences(manifest.made_from, made_from(recipe)):
+        raise UserError(
+            f"data.prepared_dir = {prepared_dir!r} was prepared from other values ({'; '.join(changes)}); set another"
+            " data.prepared_dir and run scripts/prepare.py, or undo the change"
+        )
+    if manifest.tokenizer.num_ids > recipe.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {recipe.model.vocab_size} is smaller than the tokenizer's {manifest.tokenizer.num_ids} ids:"
+            f" an id past the embedding would fail hours later; set model.vocab_size to {manifest.tokenizer.num_ids} or more"
+        )
+    tokenizer = Path(prepared_dir) / "tokenizer"
+    if not (tokenizer / "tokenizer.json").is_file() or tokenizer_hash(tokenizer) != manifest.tokenizer.sha256:
+        raise UserError(f"{tokenizer}/tokenizer.json is not the one the windows were made with; copy the prepared folder again")
+    if is_main:
+        total = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
+        full = total <= VERIFY_FULLY_BELOW_BYTES
+        print(f"data: {prepared_dir}: checking {'every byte' if full else 'file sizes'} of {total:,} bytes", flush=True)
+        verify_shards(prepared_dir, manifest, full)
+    return manifest
+
+
+def build_job(recipe: Recipe, manifest: Manifest, stop: StopRequest) -> Job:
+    """Processes, model, optimizer and data of a run. Raises `UserError` when launch and recipe do not fit."""
+    accelerator = build_accelerator(recipe.output)
+    accumulation = require_whole_steps(recipe.training, accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = accumulation
+    facts = manifest.tokenizer
+    fields = recipe.model.model_dump(exclude={"depth_scaled_init"})
+    config = build_config(fields, eos_token_id=facts.eos_token_id, bos_token_id=facts.bos_token_id)
+    try:
+        causal_lm = build_model(config, recipe.model.depth_scaled_init, recipe.seed)
+    except ImportError as error:
+        raise UserError(f"model.attn_implementation = {recipe.model.attn_implementation!r}: {error}") from None
+    if recipe.training.activation_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.training.compile:
+        for layer in decoder_layers(causal_lm):
+            layer.compile()
+    training_model = TrainingModel(causal_lm).train().to(accelerator.device)
+    model, optimizer = accelerator.prepare(
+        training_model, build_optimizer(training_model, recipe.optimizer, accelerator.device)
+    )
+    prepared_dir = recipe.data.prepared_dir
+    return Job(
+        recipe=recipe,
+        folder=RunFolder(recipe.output.run_dir),
+        manifest=manifest,
+        accelerator=accelerator,
+        stop=stop,
+        tokenizer=AutoTokenizer.from_pretrained(Path(prepared_dir) / "tokenizer"),
+        train_windows=Windows(prepared_dir, manifest.splits["train"], manifest.sequence_length),
+        validation_windows=Windows(prepared_dir, manifest.splits["validation"], manifest.sequence_length),
+        causal_lm=causal_lm,
+        model=model,
+        optimizer=optimizer,
+        num_steps=recipe.training.num_steps(cost.parameters(recipe.model)),
+        accumulation=accumulation,
+    )
+
+
+def describe(job: Job) -> list[str]:
+    """What will be trained, how it was launched and what it needs, each number with its arithmetic."""
+    recipe, training, accelerator = job.recipe, job.recipe.training, job.accelerator
+    parameters, windows = cost.parameters(recipe.model), job.manifest.splits["train"].windows
+    tokens = job.num_steps * training.tokens_per_step
+    flops = cost.flops_per_token(recipe.model, training.sequence_length)
+    device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
+    moments = cost.optimizer_bytes_per_parameter(recipe.optimizer)
+    free = shutil.disk_usage(next(p for p in (job.folder.path, *job.folder.path.absolute().parents) if p.exists())).free
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    return [
+        f"model: {recipe.model.model_type}, {parameters:,} parameters, {flops:,} FLOPs a token in training",
+        f"tokens: {job.num_steps:,} steps x {training.tokens_per_step:,} = {tokens:,} (D/N {tokens / parameters:.2f},"
+        f" {tokens / (windows * training.sequence_length):.2f} epochs of {windows:,} windows of {training.sequence_length})",
+        f"launch: {accelerator.num_processes} process(es) ({accelerator.distributed_type.value}) on {device}, {precision} matrix"
+        f" products, {torch.get_num_threads()} CPU thread(s) each;"
+        f" {training.tokens_per_step:,} tokens a step = {training.sequence_length} x micro-batch {training.micro_batch_size}"
+        f" x accumulation {job.accumulation} x {accelerator.num_processes}",
+        f"memory: weights, gradients and moments take (4 + 4 + {moments}) bytes x parameters ="
+        f" {parameters * (8 + moments):,} bytes a process ({recipe.optimizer.moments_dtype} moments); activations come on top",
+        f"disk: a checkpoint takes about {cost.checkpoint_bytes(recipe.model, recipe.optimizer):,} bytes, {recipe.output.keep_last}"
+        f" are kept and one more is being written; {free:,} bytes are free at {job.folder.path}",
+    ]
+
+
+def require_disk(job: Job) -> None:
+    """Refuse to start a run that could not save one checkpoint and its model."""
+    needed = cost.checkpoint_bytes(job.recipe.model, job.recipe.optimizer) + 4 * cost.parameters(job.recipe.model)
+    free = shutil.disk_usage(job.folder.path).free
+    if free < needed:
+        raise UserError(
+            f"output.run_dir = {str(job.folder.path)!r}: {free:,} bytes are free, a checkpoint and the model need {needed:,};"
+            " free some space or set another output.run_dir"
+        )

@@ -1,0 +1,335 @@
+"""A recipe: everything that is learnt, said once, checked before any work.
+
+Read from a file by `isoflop.recipe_file`. Knows neither torch nor transformers, so that planning starts at once;
+how a run is launched (processes, precision, sharding) is said in `accelerate_configs/` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import model_validator as checked_by
+
+from isoflop.errors import UserError
+
+
+class Section(BaseModel):
+    """Frozen, strictly typed, and refusing every key that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Model(Section):
+    vocab_size: PositiveInt
+    """Rows of the token embedding. At least the tokenizer's number of ids."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of every matrix and embedding at the start."""
+    depth_scaled_init: bool = True
+    """Divide the standard deviation of residual output projections by sqrt(2 x layers), as GPT-2 did."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """The attention kernel, by transformers' own name."""
+
+
+class Gpt2Model(_Model):
+    """Fields of `transformers.GPT2Config`; dropout is off unless a recipe turns it on."""
+
+    model_type: Literal["gpt2"]
+    n_positions: PositiveInt
+    n_embd: PositiveInt
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    n_inner: PositiveInt | None = None
+    """Width of the feed-forward layer; 4 x n_embd where it is not given."""
+    activation_function: Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"] = "gelu_pytorch_tanh"
+    layer_norm_epsilon: PositiveFloat = 1e-5
+    resid_pdrop: Fraction = 0.0
+    embd_pdrop: Fraction = 0.0
+    attn_pdrop: Fraction = 0.0
+    tie_word_embeddings: bool = True
+
+    @checked_by(mode="after")
+    def _heads_divide(self) -> Self:
+        _require_multiple("n_embd", self.n_embd, "n_head", self.n_head)
+        return self
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the position embedding covers, in tokens."""
+        return self.n_positions
+
+
+class LlamaModel(_Model):
+    """Fields of `transformers.LlamaConfig`."""
+
+    model_type: Literal["llama"]
+    max_position_embeddings: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    """Heads of keys and values (grouped-query attention); as many as there are heads where not given."""
+    head_dim: PositiveInt | None = None
+    """Size of one head; hidden_size / num_attention_heads where not given."""
+    rope_theta: PositiveFloat = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-5
+    hidden_act: Literal["silu", "gelu", "relu"] = "silu"
+    attention_dropout: Fraction = 0.0
+    tie_word_embeddings: bool = False
+
+    @checked_by(mode="after")
+    def _heads_divide(self) -> Self:
+        _require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        _require_multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", key_value_heads)
+        return self
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the rotary positions are declared for, in tokens."""
+        return self.max_position_embeddings
+
+
+def _require_one_of(section: Section, *keys: str) -> None:
+    given = [key for key in keys if getattr(section, key) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(keys)} (given: {', '.join(given) or 'none'})")
+
+
+Model = Annotated[Gpt2Model | LlamaModel, Field(discriminator="model_type")]
+
+
+def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:
+    if value % of:
+        divisors = [d for d in range(1, value + 1) if value % d == 0]
+        close = sorted(sorted(divisors, key=lambda d: abs(d - of))[:2])
+        raise ValueError(f"{name} = {value} is not a multiple of {of_name} = {of}; nearest {of_name} that divide: {close}")
+
+
+class Tokenizer(Section):
+    """Exactly one of `name` (with a revision, where it is the Hub's) and `train_vocab_size`."""
+
+    name: str | None = None
+    """A tokenizer on the Hub, or a local folder."""
+    revision: str | None = None
+    """The Hub's branch, tag or commit; the manifest records the commit it stood for."""
+    train_vocab_size: Annotated[int, Field(ge=257)] | None = None
+    """Train a byte-level BPE of so many entries (256 bytes and an end-of-text among them) on the training split."""
+
+    @checked_by(mode="after")
+    def _one_origin(self) -> Self:
+        _require_one_of(self, "name", "train_vocab_size")
+        return self
+
+
+class TextSource(Section):
+    """Local UTF-8 text files."""
+
+    kind: Literal["text"]
+    files: Annotated[list[str], Field(min_length=1)]
+    """Paths or glob patterns, relative to the working directory."""
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """What counts as one document: a whole file, a paragraph, or a line."""
+
+
+class TableSource(Section):
+    """Local JSON-lines or Parquet files."""
+
+    kind: Literal["json", "parquet"]
+    files: Annotated[list[str], Field(min_length=1)]
+    """Paths or glob patterns, relative to the working directory."""
+    text_column: str = "text"
+
+
+class HubSource(Section):
+    """A dataset on the Hub, or a local folder with the layout of one."""
+
+    kind: Literal["hub"]
+    name: str
+    config: str | None = None
+    revision: str | None = None
+    """The Hub's branch, tag or commit; the manifest records the commit it stood for."""
+    text_column: str = "text"
+    streaming: bool = False
+    """Read over the network document by document, instead of downloading the files first."""
+
+
+class PythonStdlibSource(Section):
+    """The sources of the running Python's standard library, test suites left out: text that every machine has."""
+
+    kind: Literal["python_stdlib"]
+
+
+Source = Annotated[TextSource | TableSource | HubSource | PythonStdlibSource, Field(discriminator="kind")]
+
+
+class Data(Section):
+    """Which text, and where its packed windows lie."""
+
+    source: Source
+    prepared_dir: str
+    """Folder that `prepare` writes and `pretrain` reads."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.005
+    """Share of documents held out, where the dataset brings no validation split of its own."""
+    split_seed: NonNegativeInt = 0
+    """Chooses the held-out documents; apart from `seed`, so that runs of several seeds share their data."""
+
+
+class Training(Section):
+    """Sizes of a step, and how long: exactly one of max_steps, max_tokens, tokens_per_parameter."""
+
+    sequence_length: Annotated[int, Field(ge=2)]
+    """Tokens in a window."""
+    tokens_per_step: PositiveInt
+    """Tokens in one optimizer step over all processes; gradient accumulation follows from it."""
+    micro_batch_size: PositiveInt
+    """Windows in one forward pass of one process. Changes memory and speed, never the tokens per step."""
+    max_steps: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
+    tokens_per_parameter: PositiveFloat | None = None
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory for about a third more compute."""
+    compile: bool = False
+    """torch.compile each decoder layer: a slow first step, faster ones after it."""
+
+    @checked_by(mode="after")
+    def _whole_windows(self) -> Self:
+        _require_one_of(self, "max_steps", "max_tokens", "tokens_per_parameter")
+        require_whole_steps(self, num_processes=1)
+        return self
+
+    def num_steps(self, parameters: int) -> int:
+        """Optimizer steps of the run; rounded up, so that the tokens asked for are reached."""
+        if self.max_steps is not None:
+            return self.max_steps
+        tokens = self.max_tokens if self.max_tokens is not None else (self.tokens_per_parameter or 0) * parameters
+        return math.ceil(tokens / self.tokens_per_step)
+
+
+def require_whole_steps(training: Training, num_processes: int) -> int:
+    """Return the gradient-accumulation steps that make `tokens_per_step`; refuse what does not divide."""
+    unit = training.sequence_length * training.micro_batch_size * num_processes
+    if training.tokens_per_step % unit == 0:
+        return training.tokens_per_step // unit
+    below, above = training.tokens_per_step // unit * unit, (training.tokens_per_step // unit + 1) * unit
+    windows = training.tokens_per_step // (training.sequence_length * num_processes)
+    fitting = [m for m in range(1, windows + 1) if training.tokens_per_step % (training.sequence_length * m * num_processes) == 0]
+    near = sorted(sorted(fitting, key=lambda m: abs(m - training.micro_batch_size))[:2])
+    raise UserError(
+        f"training.tokens_per_step = {training.tokens_per_step} is not a multiple of {unit} = sequence_length"
+        f" {training.sequence_length} x micro_batch_size {training.micro_batch_size} x {num_processes} process(es);"
+        f" nearest that are: {f'{below} and ' if below else ''}{above}"
+        + (f"; or keep it and set training.micro_batch_size to {' or '.join(map(str, near))}" if near else "")
+    )
+
+
+class Optimizer(Section):
+    """AdamW; weight decay on matrices and embeddings, never on norms and biases."""
+
+    peak_learning_rate: PositiveFloat
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 halves the optimizer state, 8 to 4 bytes a parameter, at the price of coarser moments."""
+
+
+class Schedule(Section):
+    """The learning rate as a function of the step: linear warm-up, then the named shape."""
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    """Where cosine, linear and wsd end. `constant` stays at the peak."""
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """wsd (warm-up, stable, decay): the share of all steps, at the end, in which the rate falls linearly."""
+
+
+class Evaluation(Section):
+    """What is measured while training. Every `..._every` counts optimizer steps; the last step is always measured."""
+
+    validate_every: PositiveInt = 250
+    max_windows: PositiveInt | None = None
+    """Validation windows used; all of them where not given."""
+    sample_every: PositiveInt | None = None
+    """Steps between samples of text; at the end alone where not given."""
+    sample_prompts: list[str] = ["The "]
+    sample_tokens: PositiveInt = 64
+
+
+class Output(Section):
+    """Where a run writes, and what it keeps."""
+
+    run_dir: str
+    checkpoint_every: PositiveInt = 1000
+    """Optimizer steps between checkpoints; the last step always has one."""
+    keep_last: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    """Checkpoints at multiples of so many steps are kept for good."""
+    trackers: list[str] = []
+    """Experiment trackers by Accelerate's names: tensorboard, trackio, wandb, mlflow ..."""
+    trackers_required: bool = True
+    """Refuse to start when a tracker is not installed; false goes on without it."""
+    layer_norms: bool = False
+    """Write the gradient and parameter norm of every layer into the metrics."""
+
+
+class Hub(Section):
+    """Where the finished model is pushed."""
+
+    repo_id: str | None = None
+    """user/name; nothing is pushed where not given."""
+    private: bool = True
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    model: Model
+    tokenizer: Tokenizer
+    data: Data
+    training: Training
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    evaluation: Evaluation = Evaluation()
+    output: Output
+    hub: Hub = Hub()
+    seed: NonNegativeInt = 1337
+    """Initial weights, the order of the windows and dropout follow from it."""
+
+    @checked_by(mode="after")
+    def _parts_agree(self) -> Self:
+        if self.training.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"training.sequence_length = {self.training.sequence_length} is beyond the model's"
+                f" {self.model.max_positions} positions; shorten it or raise the model's positions"
+            )
+        wanted = self.tokenizer.train_vocab_size
+        if wanted is not None and wanted > self.model.vocab_size:
+            raise ValueError(
+                f"tokenizer.train_vocab_size = {wanted} is beyond model.vocab_size = {self.model.vocab_size};"
+                " ids past the embedding would fail hours later: lower the first or raise the second"
+            )
+        return self
+
+    def trajectory(self) -> dict[str, Any]:
+        """The parts that decide the weights a run ends with, by dotted key: a run folder belongs to these values."""
+        free = {"training.micro_batch_size", "training.activation_checkpointing", "training.compile", "data.prepared_dir"}
+        learnt = self.model_dump(mode="json", exclude={"evaluation", "output", "hub"})
+        return {key: value for key, value in flatten(learnt).items() if key not in free}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to one mapping of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,74 @@
+"""What a model in training is worth so far: its loss on held-out windows, and a sample of its text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from isoflop.data.manifest import Split
+from isoflop.data.windows import Windows
+from isoflop.modeling.loss import IGNORED
+
+SAMPLE_SEED = 42
+NO_WINDOW = -1  # fills the last round of batches
+
+
+def validation_loss(
+    model: torch.nn.Module,
+    accelerator: Accelerator,
+    windows: Windows,
+    indices: NDArray[np.int64],
+    micro_batch_size: int,
+    interrupted: Callable[[], bool],
+) -> float | None:
+    """Mean loss in nats per target over the windows at `indices`, shared out over the ranks. Collective.
+
+    Every rank runs the same number of batches; the last ones are filled up with windows that carry no loss. Returns None
+    when `interrupted()`, asked before each batch on every rank, says to stop.
+    """
+    per_round = micro_batch_size * accelerator.num_processes
+    rounds = math.ceil(len(indices) / per_round)
+    filled = np.concatenate([indices, np.full(rounds * per_round - len(indices), NO_WINDOW)])
+    shares = filled.reshape(rounds, accelerator.num_processes, micro_batch_size)[:, accelerator.process_index]
+    total = torch.zeros((), dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32, device=accelerator.device)
+    model.eval()
+    try:
+        with torch.no_grad():
+            for mine in shares:
+                if interrupted():
+                    return None
+                ids = torch.from_numpy(windows.take(np.maximum(mine, 0))).to(accelerator.device)
+                targets = ids[:, 1:].clone()
+                targets[torch.from_numpy(mine == NO_WINDOW).to(ids.device)] = IGNORED
+                total += model(ids, targets)
+    finally:
+        model.train()
+    summed: torch.Tensor = accelerator.reduce(total, "sum")
+    return summed.item() / (len(indices) * (windows.sequence_length - 1))
+
+
+def bits_per_byte(loss_nats: float, split: Split) -> float:
+    """Loss per token to bits per UTF-8 byte, by the split's own tokens per byte: comparable between tokenizers."""
+    return loss_nats / math.log(2) * split.tokens / split.bytes
+
+
+def sample_texts(causal_lm: Any, tokenizer: Any, prompts: list[str], new_tokens: int) -> list[str]:
+    """A continuation of each prompt (temperature 0.8, top-k 50), seeded; the model is back in train mode after it."""
+    torch.manual_seed(SAMPLE_SEED)  # training seeds itself anew at every step
+    causal_lm.eval()
+    try:
+        texts = []
+        for prompt in prompts:
+            ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(causal_lm.device)
+            settings = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.eos_token_id}
+            output = causal_lm.generate(**ids, max_new_tokens=new_tokens, **settings)
+            texts.append(str(tokenizer.decode(output[0], skip_special_tokens=True)))
+        return texts
+    finally:
+        causal_lm.train()
