@@ -74,7 +74,7 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, ch
     rows = hidden.reshape(-1, hidden.shape[-1])
     chunk = chunk_rows or max(1, CHUNK_LOGITS_BYTES // (4 * weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _ChunkedCrossEntropySum.apply(rows, weight, targets.reshape(-1), chunk)
+        loss: Tensor = _ChunkedCrossEntropySum.apply(rows, weight, targets.reshape(-1), chunk)  # type: ignore[no-untyped-call]
     return loss
 
 

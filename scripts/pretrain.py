@@ -16,7 +16,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="a YAML file of recipes/")
     parser.add_argument("overrides", nargs="*", help="section.key=value, e.g. training.max_steps=2000")
     parser.add_argument(
-        "--resume", nargs="?", const="newest", metavar="STEP", help="require a checkpoint, or take that step's (default: go on if any)"
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="STEP",
+        help="require a checkpoint, or take that step's (default: go on if any)",
     )
     parser.add_argument("--eval-only", "--eval_only", action="store_true", help="measure the newest checkpoint's validation loss")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="check everything, do one step, write nothing")

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from isoflop.errors import UserError
 
@@ -36,13 +38,13 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
             _remove_partials(folder)
             aside.mkdir(parents=True)
         _barrier()
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+        save_sharded({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=not dist.is_initialized())
         if _is_main():
             _seal(aside, trainer_state)
             shutil.rmtree(final, ignore_errors=True)  # the same state, reached again after resuming from an older one
             aside.rename(final)
             _sync(folder)
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+    except (OSError, RuntimeError, CheckpointException) as error:
         free = shutil.disk_usage(folder).free
         shutil.rmtree(aside, ignore_errors=True)
         if not _is_disk_full(error):
@@ -60,8 +62,8 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """Load weights (and moments, given an optimizer) in place and return the trainer state. Collective."""
     weights, moments = get_state_dict(model, [optimizer] if optimizer else [])
-    state = {"model": weights} | ({"optimizer": moments} if optimizer else {})
-    dcp.load(state, checkpoint_id=path)
+    state: dict[str, Any] = {"model": weights} | ({"optimizer": moments} if optimizer else {})
+    load_sharded(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     set_state_dict(
         model,
         [optimizer] if optimizer else [],

@@ -121,9 +121,7 @@ def build_job(recipe: Recipe, manifest: Manifest, stop: StopRequest) -> Job:
         for layer in decoder_layers(causal_lm):
             layer.compile()
     training_model = TrainingModel(causal_lm).train().to(accelerator.device)
-    model, optimizer = accelerator.prepare(
-        training_model, build_optimizer(training_model, recipe.optimizer, accelerator.device)
-    )
+    model, optimizer = accelerator.prepare(training_model, build_optimizer(training_model, recipe.optimizer, accelerator.device))
     prepared_dir = recipe.data.prepared_dir
     return Job(
         recipe=recipe,
@@ -152,6 +150,7 @@ def describe(job: Job) -> list[str]:
     moments = cost.optimizer_bytes_per_parameter(recipe.optimizer)
     free = shutil.disk_usage(next(p for p in (job.folder.path, *job.folder.path.absolute().parents) if p.exists())).free
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    checkpoint_bytes = cost.checkpoint_bytes(recipe.model, recipe.optimizer)
     return [
         f"model: {recipe.model.model_type}, {parameters:,} parameters, {flops:,} FLOPs a token in training",
         f"tokens: {job.num_steps:,} steps x {training.tokens_per_step:,} = {tokens:,} (D/N {tokens / parameters:.2f},"
@@ -162,8 +161,8 @@ def describe(job: Job) -> list[str]:
         f" x accumulation {job.accumulation} x {accelerator.num_processes}",
         f"memory: weights, gradients and moments take (4 + 4 + {moments}) bytes x parameters ="
         f" {parameters * (8 + moments):,} bytes a process ({recipe.optimizer.moments_dtype} moments); activations come on top",
-        f"disk: a checkpoint takes about {cost.checkpoint_bytes(recipe.model, recipe.optimizer):,} bytes, {recipe.output.keep_last}"
-        f" are kept and one more is being written; {free:,} bytes are free at {job.folder.path}",
+        f"disk: a checkpoint takes about {checkpoint_bytes:,} bytes, {recipe.output.keep_last} are kept"
+        f" and one more is being written; {free:,} bytes are free at {job.folder.path}",
     ]
 
 

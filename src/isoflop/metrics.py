@@ -22,10 +22,11 @@ class MetricsLog:
     """One JSON object a step, on the main process; the same scalars to any tracker."""
 
     def __init__(self, file: Path, accelerator: Accelerator, resumed_step: int, num_steps: int) -> None:
-        self._accelerator, self._file = accelerator, file
-        self.rows = read_rows(file, resumed_step)
+        self._accelerator = accelerator
+        self.rows: list[Row] = []
         if not accelerator.is_main_process:
             return
+        self.rows = read_rows(file, resumed_step)
         _rewrite(file, self.rows)  # steps after the checkpoint are trained again
         self._stream = file.open("a", encoding="utf-8")
         self._progress = tqdm(total=num_steps, initial=resumed_step, unit="step", desc="pretrain", file=sys.stdout, mininterval=1)
@@ -44,18 +45,21 @@ class MetricsLog:
         self._progress.set_postfix(shown, refresh=False)
         self._progress.update(row["step"] - self._progress.n)
 
+    def lacks(self, step: int) -> bool:
+        """On the main process, whether the row of a step that was trained is not in the file."""
+        return self._accelerator.is_main_process and step > (self.rows[-1]["step"] if self.rows else 0)
+
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self._accelerator.is_main_process:
             self._progress.write(text)
 
     def close(self) -> None:
-        """Sync the file and end the trackers."""
+        """Sync the file and take the bar away."""
         if self._accelerator.is_main_process:
             os.fsync(self._stream.fileno())
             self._stream.close()
             self._progress.close()
-        self._accelerator.end_training()
 
 
 def read_rows(file: Path, last_step: int) -> list[Row]:
@@ -111,7 +115,9 @@ def draw_curve(rows: list[Row], file: Path, title: str, unigram_entropy_nats: fl
     axes.plot(tokens, [row["loss"] for row in rows], color="#9db7d5", linewidth=0.8, label="training loss, each step")
     axes.plot(tokens, _smoothed([row["loss"] for row in rows]), color="#1f4e8c", linewidth=1.6, label="training loss, smoothed")
     validated = [row for row in rows if row["val_loss"] is not None]
-    axes.plot([r["tokens"] for r in validated], [r["val_loss"] for r in validated], "o-", color="#d1495b", label="validation loss")
+    axes.plot(
+        [r["tokens"] for r in validated], [r["val_loss"] for r in validated], "o-", color="#d1495b", label="validation loss"
+    )
     axes.axhline(unigram_entropy_nats, color="#777777", linestyle="--", linewidth=1, label="token frequencies alone")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())

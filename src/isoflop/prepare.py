@@ -89,7 +89,10 @@ def _tokenizer_change(recipe: Recipe, manifest: Manifest) -> list[str]:
     if name is None or not (Path(name) / "tokenizer.json").is_file():
         return []
     aside = Path(recipe.data.prepared_dir) / "tokenizer"
-    same = load_tokenizer(recipe.tokenizer).get_vocab() == load_tokenizer(recipe.tokenizer.model_copy(update={"name": str(aside)})).get_vocab()
+    same = (
+        load_tokenizer(recipe.tokenizer).get_vocab()
+        == load_tokenizer(recipe.tokenizer.model_copy(update={"name": str(aside)})).get_vocab()
+    )
     return [] if same else [f"{name}/tokenizer.json: not the one the windows were made with"]
 
 

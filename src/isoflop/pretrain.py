@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from transformers.utils.logging import disable_progress_bar
 
 from isoflop import checkpoint, cost
 from isoflop.distributed import EXIT_RESUME, StopRequest, reduce_sums
@@ -57,18 +58,20 @@ def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False,
         job.accelerator.print("\n".join(describe(job)))
         log = start(job, state)
         try:
-            if not train(job, log, state):
-                job.accelerator.print(f"{stop.signal or 'a signal to another rank'}: saved; the same command goes on from here")
-                return EXIT_RESUME
+            completed = train(job, log, state)
         finally:
             log.close()
-        finish(job, log.rows)
-    return 0
+        if completed:
+            finish(job, log.rows)
+        else:
+            job.accelerator.print(f"{stop.signal or 'a signal to another rank'}: saved; the same command goes on from here")
+        job.accelerator.end_training()
+    return 0 if completed else EXIT_RESUME
 
 
 def train(job: Job, log: MetricsLog, state: dict[str, Any]) -> bool:
     """The training loop. False when a signal ended it early, with a checkpoint of the last step."""
-    if state["step"] and (not log.rows or log.rows[-1]["step"] < state["step"]):
+    if reduce_sums(job.accelerator, [float(log.lacks(state["step"]))])[0]:
         measure(job, log, state["row"])  # stopped between this checkpoint and its line in the metrics
     job.stop.arm()
     started = time.perf_counter() - state["elapsed_s"]
@@ -252,12 +255,13 @@ def finish(job: Job, rows: list[Row]) -> None:
         job.folder.finish(summary)
         report(job.folder, summary)
         push_to_hub(job)
-    job.accelerator.wait_for_everyone()
+    job.accelerator.wait_for_everyone()  # a rank that leaves early is taken for a failure
 
 
 def export_model(job: Job, folder: Path) -> None:
     """Config, safetensors, generation config and tokenizer: what `from_pretrained` and `pipeline` open."""
     job.causal_lm.generation_config.pad_token_id = job.manifest.tokenizer.eos_token_id
+    disable_progress_bar()
     job.causal_lm.save_pretrained(folder)
     job.tokenizer.model_max_length = job.recipe.model.max_positions
     job.tokenizer.save_pretrained(folder)
@@ -338,7 +342,7 @@ def check_only(job: Job) -> int:
     job.accelerator.print(
         f"one step: loss {row['loss']:.4f} (ln of the vocabulary is {math.log(job.recipe.model.vocab_size):.4f}), gradient norm"
         f" {row['grad_norm']:.3f}, {step_s:.2f} s, peak memory {row['peak_memory_bytes']:,} bytes\n"
-        f"dry run: would train {job.num_steps:,} steps in about {job.num_steps * step_s / 3600:.2f} h (at the first step's pace, the"
-        f" slowest) and write {job.folder.path}; nothing was written"
+        f"dry run: would train {job.num_steps:,} steps in about {job.num_steps * step_s / 3600:.2f} h (at the first step's"
+        f" pace, the slowest) and write {job.folder.path}; nothing was written"
     )
     return 0

@@ -35,7 +35,7 @@ _Yaml12Loader.add_implicit_resolver(
 
 def parse_yaml(text: str) -> Any:
     """Parse YAML with scientific notation read as numbers."""
-    return yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506, a SafeLoader with one more number pattern
+    return yaml.load(text, Loader=_Yaml12Loader)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -1,6 +1,6 @@
 """A run's folder: who owns it, who is in it, and what stays in it when the run is over.
 
-    recipe.yaml  environment.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/  loss.png  summary.json
+recipe.yaml  environment.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/  loss.png  summary.json
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ from isoflop.errors import UserError
 from isoflop.recipe import Recipe
 from isoflop.recipe_file import load_recipe, to_yaml
 
-_LIBRARIES = ("isoflop", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "huggingface_hub", "numpy")
+_LIBRARIES = (
+    "isoflop",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "numpy",
+)
 
 
 class RunFolder:

@@ -1,0 +1,46 @@
+# Everything a newcomer types. `make quickstart` trains a small model on this machine; `make test` is what CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread for the test processes: several at once on few cores slow one another down many times over.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: quickstart setup test test-all check lint types schema constraints
+
+quickstart: .venv/installed
+	$(BIN)/python scripts/prepare.py recipes/quickstart.yaml
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/pretrain.py recipes/quickstart.yaml
+
+setup: .venv/installed
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info < (3, 14), f'Python 3.11 to 3.13 is needed, this is {sys.version}: make PYTHON=python3.12'"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,tracking]'
+	touch $@
+
+test: setup lint types
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+test-all: setup lint types
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: test
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Against an installed copy, since modeling/ and src/isoflop/ make one package there; this also proves that the wheel is whole.
+types: setup
+	rm -rf build/types
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
+	cd build/types && ../../$(BIN)/mypy --config-file ../../setup.cfg -p isoflop
+
+schema: setup
+	$(BIN)/python -m isoflop.recipe_file > recipes/schema.json
+
+# After an upgrade in .venv that passed `make test-all`.
+constraints: setup
+	(sed -n 1p constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//') > constraints.new
+	mv constraints.new constraints.txt
