@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 RESIDUAL_PROJECTIONS = ("o_proj", "down_proj", "c_proj")  # what each block adds to the residual stream, in Llama and GPT-2
+
+# transformers' own sdpa, without its mask builder: that looks for packed documents in every batch and waits for the device each
+# time. Windows here carry no padding, so the kernel's own causal flag is all the mask there is.
+UNMASKED_SDPA = "sdpa_unmasked"
+AttentionInterface.register(UNMASKED_SDPA, sdpa_attention_forward)
 
 
 def build_config(fields: dict[str, Any], eos_token_id: int, bos_token_id: int | None) -> PretrainedConfig:
@@ -23,7 +29,7 @@ def build_config(fields: dict[str, Any], eos_token_id: int, bos_token_id: int | 
         fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     config_class = {"gpt2": GPT2Config, "llama": LlamaConfig}[model_type]
     config = config_class(**fields, eos_token_id=eos_token_id, bos_token_id=bos_token_id, pad_token_id=None)
-    config._attn_implementation = attention
+    config._attn_implementation = UNMASKED_SDPA if attention == "sdpa" else attention
     return config
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from isoflop import cost
 from isoflop.data.manifest import Manifest, differences, made_from, read_manifest, verify_shards
-from isoflop.data.order import permute, windows_of_step
+from isoflop.data.order import permute, share_of_process, windows_of_step
 from isoflop.data.tokenizers import tokenizer_hash
 from isoflop.data.windows import Windows
 from isoflop.distributed import StopRequest, build_accelerator
@@ -55,14 +55,14 @@ class Job:
 
     def batch(self, step: int) -> torch.Tensor:
         """This process's ids of a 0-based step on its device, (accumulation, micro_batch_size, sequence_length)."""
-        training, processes = self.recipe.training, self.accelerator.num_processes
+        training, accelerator = self.recipe.training, self.accelerator
         per_step = training.tokens_per_step // training.sequence_length
         indices = windows_of_step(step, per_step, len(self.train_windows), self.recipe.seed)
-        mine = indices.reshape(self.accumulation, processes, training.micro_batch_size)[:, self.accelerator.process_index]
+        mine = share_of_process(indices, training.micro_batch_size, accelerator.num_processes, accelerator.process_index)
         ids = torch.from_numpy(self.train_windows.take(mine.reshape(-1))).view(*mine.shape, training.sequence_length)
-        if self.accelerator.device.type == "cuda":
+        if accelerator.device.type == "cuda":
             ids = ids.pin_memory()  # else the copy waits for the device
-        return ids.to(self.accelerator.device, non_blocking=True)
+        return ids.to(accelerator.device, non_blocking=True)
 
     def validation_order(self) -> NDArray[np.int64]:
         """The held-out windows to measure on: the same ones for every run over this data."""

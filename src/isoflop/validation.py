@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from isoflop.data.manifest import Split
+from isoflop.data.order import share_of_process
 from isoflop.data.windows import Windows
 from isoflop.modeling.loss import IGNORED
 
@@ -35,7 +36,7 @@ def validation_loss(
     per_round = micro_batch_size * accelerator.num_processes
     rounds = math.ceil(len(indices) / per_round)
     filled = np.concatenate([indices, np.full(rounds * per_round - len(indices), NO_WINDOW)])
-    shares = filled.reshape(rounds, accelerator.num_processes, micro_batch_size)[:, accelerator.process_index]
+    shares = share_of_process(filled, micro_batch_size, accelerator.num_processes, accelerator.process_index)
     total = torch.zeros((), dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32, device=accelerator.device)
     model.eval()
     try:

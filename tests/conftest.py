@@ -1,0 +1,149 @@
+"""A toy corpus, prepared once, and toy recipes over it. Real files, real processes, one thread each."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+TOY_MODELS = {
+    "llama": {
+        "model_type": "llama", "vocab_size": 320, "max_position_embeddings": 64, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+    "gpt2": {"model_type": "gpt2", "vocab_size": 320, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_accelerator_at_a_time():
+    """Accelerate keeps its state in the process; each test starts without one."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Forty small text files: modules of the standard library."""
+    folder = tmp_path_factory.mktemp("corpus")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    sources = sorted(f for f in stdlib.glob("*.py") if 2_000 < f.stat().st_size < 12_000)
+    for source in sources[:40]:
+        (folder / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_tree(corpus, tmp_path_factory):
+    """Sections of a toy recipe whose data is prepared once for all tests."""
+    from isoflop.prepare import prepare
+    from isoflop.recipe import Recipe
+
+    prepared = tmp_path_factory.mktemp("prepared") / "toy"
+    tree = {
+        "model": TOY_MODELS["llama"],
+        "tokenizer": {"train_vocab_size": 300},
+        "data": {
+            "source": {"kind": "text", "files": [f"{corpus}/*.txt"]},
+            "prepared_dir": str(prepared),
+            "validation_fraction": 0.1,
+        },
+        "training": {"sequence_length": 32, "tokens_per_step": 256, "micro_batch_size": 4, "max_steps": 10},
+        "optimizer": {"peak_learning_rate": 3e-3},
+        "schedule": {"name": "cosine", "warmup_steps": 2, "final_learning_rate": 3e-4},
+        "evaluation": {"validate_every": 5, "max_windows": 16, "sample_tokens": 4},
+        "output": {"run_dir": "runs/toy", "checkpoint_every": 5},
+    }
+    prepare(Recipe.model_validate(tree))
+    return tree
+
+
+@pytest.fixture
+def write_recipe(toy_tree, tmp_path):
+    """Write the toy recipe with some dotted keys set; returns its path."""
+
+    def write(name="toy", family="llama", **changes):
+        tree = json.loads(json.dumps(toy_tree))
+        tree["model"] = dict(TOY_MODELS[family])
+        tree["output"]["run_dir"] = str(tmp_path / "runs" / name)
+        for key, value in changes.items():
+            section, leaf = key.split("__")
+            tree[section][leaf] = value
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        return file
+
+    return write
+
+
+@pytest.fixture
+def toy_recipe(write_recipe):
+    """The toy recipe, loaded, with some dotted keys set."""
+    from isoflop.recipe_file import load_recipe
+
+    return lambda *args, **changes: load_recipe(write_recipe(*args, **changes))
+
+
+@pytest.fixture
+def run_in_process():
+    """`pretrain` in this process, with accelerate's state fresh before and after."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from isoflop.pretrain import pretrain
+
+    def run(recipe, **flags):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        return pretrain(recipe, **flags)
+
+    return run
+
+
+def metrics_of(recipe):
+    """Rows of a run's metrics."""
+    return [json.loads(line) for line in (Path(recipe.output.run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve_of(recipe):
+    """What must repeat bit for bit: (step, loss, validation loss, gradient norm, learning rate)."""
+    return [(r["step"], r["loss"], r["val_loss"], r["grad_norm"], r["learning_rate"]) for r in metrics_of(recipe)]
+
+
+def weights_of(recipe):
+    """The exported weights, as bytes."""
+    return (Path(recipe.output.run_dir) / "model" / "model.safetensors").read_bytes()
+
+
+def run_command(*command, timeout=300, check=True, **kwargs):
+    """Run a command from the project's root, as a user would."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **kwargs.pop("env", {})}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=kwargs.pop("cwd", ROOT), env=env, capture_output=True, text=True, timeout=timeout,
+        check=False, **kwargs,
+    )  # fmt: skip
+    assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def launch(config, *arguments, **kwargs):
+    """`accelerate launch` of scripts/pretrain.py with a config of accelerate_configs/."""
+    command = ["accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml"]
+    if config != "cpu":
+        command += ["--main_process_port", "0"]  # a free port: tests run side by side
+    return run_command(*command, "scripts/pretrain.py", *arguments, **kwargs)

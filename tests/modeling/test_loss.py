@@ -1,0 +1,106 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from isoflop.modeling import loss as loss_module
+from isoflop.modeling.build import build_config, build_model
+from isoflop.modeling.loss import IGNORED, TrainingModel, linear_cross_entropy_sum
+
+LLAMA = {
+    "model_type": "llama", "attn_implementation": "sdpa", "rope_theta": 5e5, "vocab_size": 300, "hidden_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+}  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2", "attn_implementation": "sdpa", "vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4,
+    "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
+MODELS = {"llama": LLAMA, "llama tied": {**LLAMA, "tie_word_embeddings": True}, "gpt2": GPT2}
+
+
+@settings(deadline=None)
+@given(
+    rows=st.integers(1, 40), vocab=st.integers(2, 50), chunk=st.integers(1, 50), ignored=st.integers(0, 3), seed=st.integers(0, 99)
+)  # fmt: skip
+def test_loss_and_gradients_equal_the_plain_ones_for_any_chunk(rows, vocab, chunk, ignored, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(vocab, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    targets[:ignored] = IGNORED
+    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", ignore_index=IGNORED)
+    expected = torch.autograd.grad(plain * 0.3, (hidden, weight))
+    ours = linear_cross_entropy_sum(hidden, weight, targets, chunk_rows=chunk)
+    gradients = torch.autograd.grad(ours * 0.3, (hidden, weight))
+    torch.testing.assert_close(ours.double(), plain, rtol=1e-6, atol=1e-5)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("logit_rows", [5, 10_000])
+def test_training_loss_is_transformers_own(name, logit_rows, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS_BYTES", 4 * 300 * logit_rows)
+    model = build_model(build_config(MODELS[name], 0, 0), True, seed=1)
+    ids = torch.randint(0, 300, (3, 32), generator=torch.Generator().manual_seed(0))
+    stock = model(input_ids=ids, labels=ids, use_cache=False).loss
+    stock.backward()
+    expected = {key: p.grad.clone() for key, p in model.named_parameters()}
+    model.zero_grad()
+    ours = TrainingModel(model)(ids)
+    ours.backward()
+    assert ours.item() == pytest.approx(stock.item(), abs=1e-5)
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-4, atol=1e-6)
+
+
+def test_wrapping_changes_no_name_and_no_tie():
+    model = build_model(build_config(MODELS["llama tied"], 0, 0), True, seed=1)
+    names = list(model.state_dict())
+    TrainingModel(model)
+    assert list(model.state_dict()) == names
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_under_autocast_the_loss_is_fp32_and_transformers_own():
+    model = build_model(build_config(LLAMA, 0, 0), True, seed=1)
+    ids = torch.randint(0, 300, (3, 32), generator=torch.Generator().manual_seed(0))
+    training_model = TrainingModel(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = model(input_ids=ids, labels=ids, use_cache=False).loss
+        ours = training_model(ids)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(stock.item(), abs=1e-4)
+    ours.backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_the_full_logits_are_never_held():
+    hidden, weight = torch.randn(2000, 8, requires_grad=True), torch.randn(5000, 8, requires_grad=True)
+    targets = torch.randint(0, 5000, (2000,))
+    with LargestTensor() as chunked:
+        linear_cross_entropy_sum(hidden, weight, targets, chunk_rows=100).backward()
+    assert chunked.elements == 100 * 5000
+
+
+def test_targets_given_apart_return_the_sum_over_those_that_count():
+    model = TrainingModel(build_model(build_config(GPT2, 0, 0), True, seed=1))
+    ids = torch.randint(0, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    targets = ids[:, 1:].clone()
+    assert model(ids, targets).item() == pytest.approx(model(ids).item() * 4 * 15, rel=1e-6)
+    targets[2:] = IGNORED
+    assert model(ids, targets).item() == pytest.approx(model(ids[:2]).item() * 2 * 15, rel=1e-6)

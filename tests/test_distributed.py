@@ -1,0 +1,79 @@
+import os
+import signal
+
+import pytest
+from accelerate import Accelerator
+from conftest import launch, run_command
+
+from isoflop.distributed import EXIT_RESUME, StopRequest, build_accelerator, check_launch, reduce_sums
+from isoflop.errors import UserError
+from isoflop.recipe import Output
+
+
+def test_sums_of_one_process_are_its_values():
+    assert reduce_sums(Accelerator(cpu=True), [1.5, 2.0]) == [1.5, 2.0]
+
+
+def test_a_signal_before_training_leaves_at_once():
+    with StopRequest(), pytest.raises(SystemExit) as left:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == EXIT_RESUME
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_training_waits_for_the_loop(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        stop.arm()
+        assert not stop.agreed(Accelerator(cpu=True))
+        os.kill(os.getpid(), number)
+        assert stop.signal == signal.Signals(number).name
+        assert stop.agreed(Accelerator(cpu=True))
+    assert signal.getsignal(number) is before
+
+
+def test_a_lone_process_of_several_is_refused(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"\(WORLD_SIZE\) asked for 2 processes, but this one runs alone with 1"):
+        check_launch(accelerator)
+
+
+@pytest.mark.parametrize(("variable", "engine"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")])
+def test_an_engine_that_did_not_come_up_is_refused(variable, engine, monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=f"asked for {engine}, but accelerate came up as NO on cpu"):
+        check_launch(accelerator)
+
+
+@pytest.mark.distributed
+def test_a_config_that_silently_starts_one_process_is_refused(write_recipe, tmp_path):
+    config = tmp_path / "multi_cpu.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_machines: 1\nnum_processes: 2\n"
+        "mixed_precision: 'no'\n"
+    )
+    done = run_command(
+        "accelerate", "launch", "--config_file", config, "scripts/pretrain.py", write_recipe(), check=False
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "asked for 2 processes, but this one runs alone with 1" in done.stderr
+    assert "2cpu_ddp.yaml" in done.stderr
+
+
+@pytest.mark.distributed
+def test_what_does_not_divide_by_the_processes_is_refused(write_recipe):
+    done = launch("2cpu_ddp", write_recipe(), "training.tokens_per_step=128", check=False)
+    assert done.returncode != 0
+    assert "tokens_per_step = 128 is not a multiple of 256" in done.stderr
+    assert "set training.micro_batch_size to 2" in done.stderr
+
+
+def test_trackers(capsys):
+    with pytest.raises(UserError, match=r"'tensorbord' is not a tracker of Accelerate's; did you mean tensorboard\?"):
+        build_accelerator(Output(run_dir="x", trackers=["tensorbord"]))
+    with pytest.raises(UserError, match=r"'comet_ml' is not installed; run: pip install comet_ml"):
+        build_accelerator(Output(run_dir="x", trackers=["comet_ml"]))
+    build_accelerator(Output(run_dir="x", trackers=["comet_ml"], trackers_required=False))
+    assert "comet_ml is not installed: going on without it" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+import math
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isoflop import cost
+from isoflop.errors import UserError
+from isoflop.recipe import Training, require_whole_steps
+from isoflop.recipe_file import load_recipe
+
+EXACT_PARAMETERS = {
+    "gpt2_1.36b": 1_405_452_800,
+    "llama2_1.36b": 1_294_159_104,
+    "llama3_1.5b": 1_544_628_224,
+    "llama3_2.2b": 2_224_154_624,
+    "gpt2_124m": 124_475_904,
+    "modern_124m": 123_587_328,
+    "quickstart": 2_816_064,
+}
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+def test_every_recipe_of_the_tree_is_listed_here():
+    assert sorted(EXACT_PARAMETERS) == RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_parameters_are_exact_by_arithmetic_and_on_the_meta_device(name):
+    import torch
+
+    from isoflop.modeling.build import build_config, build_model
+
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
+    with torch.device("meta"):
+        config = build_config(recipe.model.model_dump(exclude={"depth_scaled_init"}), 0, 0)
+        model = build_model(config, recipe.model.depth_scaled_init, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == EXACT_PARAMETERS[name]
+    assert cost.parameters(recipe.model) == EXACT_PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("gpt2_1.36b", 53_614), ("llama2_1.36b", 49_369), ("llama3_1.5b", 58_923), ("llama3_2.2b", 84_845)]
+)
+def test_twenty_tokens_per_parameter_take_the_published_steps(name, steps):
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml", ["training.tokens_per_parameter=20"])
+    assert recipe.training.max_steps is None
+    assert recipe.training.num_steps(cost.parameters(recipe.model)) == steps
+
+
+def test_the_six_shapes_train_as_stated():
+    for name in sorted(set(RECIPES) - {"quickstart"}):
+        recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
+        assert recipe.training.tokens_per_step == 524_288
+        assert (recipe.optimizer.beta1, recipe.optimizer.beta2) == (0.9, 0.95)
+        assert (recipe.optimizer.weight_decay, recipe.optimizer.max_grad_norm) == (0.1, 1.0)
+    large = [load_recipe(ROOT / f"recipes/{name}.yaml") for name in ("gpt2_1.36b", "llama2_1.36b", "llama3_1.5b", "llama3_2.2b")]
+    for recipe in large:
+        assert recipe.training.sequence_length == 2048
+        assert recipe.training.max_steps == 25_000
+        assert recipe.optimizer.peak_learning_rate == 3e-4
+        assert (recipe.schedule.warmup_steps, recipe.schedule.final_learning_rate) == (2000, 3e-5)
+
+
+@given(
+    sequence_length=st.integers(2, 4096),
+    micro_batch_size=st.integers(1, 64),
+    num_processes=st.integers(1, 64),
+    tokens_per_step=st.integers(1, 2**21),
+)
+def test_accumulation_makes_exactly_the_tokens_per_step_or_is_refused(
+    sequence_length, micro_batch_size, num_processes, tokens_per_step
+):
+    training = Training.model_construct(
+        sequence_length=sequence_length, micro_batch_size=micro_batch_size, tokens_per_step=tokens_per_step
+    )
+    unit = sequence_length * micro_batch_size * num_processes
+    if tokens_per_step % unit == 0:
+        assert require_whole_steps(training, num_processes) * unit == tokens_per_step
+    else:
+        with pytest.raises(UserError, match=str(tokens_per_step)):
+            require_whole_steps(training, num_processes)
+
+
+def test_what_does_not_divide_names_the_nearest_values_that_do():
+    with pytest.raises(UserError) as error:
+        Training(sequence_length=2048, micro_batch_size=7, tokens_per_step=524_288, max_steps=1)
+    assert "nearest that are: 516096 and 530432" in str(error.value)
+    assert "set training.micro_batch_size to 4 or 8" in str(error.value)
+
+
+@given(tokens=st.integers(1, 10**13), tokens_per_step=st.integers(1, 10**7))
+def test_a_duration_in_tokens_is_reached_and_not_overshot_by_a_step(tokens, tokens_per_step):
+    training = Training.model_construct(max_steps=None, max_tokens=tokens, tokens_per_step=tokens_per_step)
+    steps = training.num_steps(parameters=1)
+    assert (steps - 1) * tokens_per_step < tokens <= steps * tokens_per_step
+    assert steps == math.ceil(tokens / tokens_per_step) or tokens > 2**53
+
+
+def test_a_run_folder_belongs_to_what_decides_the_weights(toy_recipe):
+    base = toy_recipe().trajectory()
+    assert toy_recipe(training__micro_batch_size=8, output__keep_last=7, evaluation__validate_every=1).trajectory() == base
+    assert toy_recipe(optimizer__peak_learning_rate=1e-3).trajectory() != base
+    assert toy_recipe(training__max_steps=11).trajectory() != base
+
+
+def test_recipes_say_their_hardware_and_source():
+    for name in RECIPES:
+        header = Path(ROOT / f"recipes/{name}.yaml").read_text().split("model:")[0]
+        assert header.startswith("# yaml-language-server: $schema=schema.json\n")
+        assert "# Hardware: " in header
