@@ -66,7 +66,12 @@ def damage_checksums(path):
 
 @pytest.mark.parametrize(
     ("damage", "named"),
-    [(damage_truncate, ".distcp"), (damage_flip, ".distcp"), (damage_remove, ".metadata is missing"), (damage_checksums, "checksums.json")],
+    [
+        (damage_truncate, ".distcp"),
+        (damage_flip, ".distcp"),
+        (damage_remove, ".metadata is missing"),
+        (damage_checksums, "checksums.json"),
+    ],
 )
 def test_a_broken_newest_is_named_and_the_one_before_is_used(damage, named, tmp_path, capsys):
     save(tmp_path, 1)

@@ -52,10 +52,16 @@ def test_the_schema_in_the_tree_is_current_and_accepts_every_recipe():
 
 
 BAD = {
-    "unknown key": ({"training": {"micro_bach_size": 4}}, r"training.micro_bach_size: unknown key; did you mean micro_batch_size\?"),
+    "unknown key": (
+        {"training": {"micro_bach_size": 4}},
+        r"training.micro_bach_size: unknown key; did you mean micro_batch_size\?",
+    ),
     "unknown section": ({"trainning": {}}, r"trainning: unknown key; did you mean training\?"),
     "unknown key of a model": ({"model": {"hidden_sise": 4}}, r"model.hidden_sise: unknown key; did you mean hidden_size\?"),
-    "unknown key of a source": ({"data": {"source": {"kind": "text", "files": ["a"], "fils": 1}}}, r"data.source.fils: unknown key"),
+    "unknown key of a source": (
+        {"data": {"source": {"kind": "text", "files": ["a"], "fils": 1}}},
+        r"data.source.fils: unknown key",
+    ),
     "unknown model type": ({"model": {"model_type": "mamba"}}, r"model: Input tag 'mamba'.*'gpt2', 'llama'"),
     "wrong type": ({"training": {"max_steps": "ten"}}, r"training.max_steps = 'ten': Input should be a valid integer"),
     "a fraction where whole": ({"training": {"max_steps": 2.5}}, r"training.max_steps = 2.5: "),
@@ -64,9 +70,18 @@ BAD = {
     "two durations": ({"training": {"max_tokens": 1}}, r"give exactly one of max_steps, max_tokens, tokens_per_parameter"),
     "no tokenizer": ({"tokenizer": {"train_vocab_size": None}}, r"give exactly one of name, train_vocab_size \(given: none\)"),
     "does not divide": ({"training": {"tokens_per_step": 250}}, r"tokens_per_step = 250 is not a multiple of 128.*128 and 256"),
-    "heads": ({"model": {"num_attention_heads": 5}}, r"hidden_size = 32 is not a multiple of num_attention_heads = 5; .*\[2, 4\]"),
-    "key-value heads": ({"model": {"num_key_value_heads": 3}}, r"num_attention_heads = 4 is not a multiple of num_key_value_heads = 3"),
-    "too long": ({"training": {"sequence_length": 128, "tokens_per_step": 512}}, r"sequence_length = 128 is beyond the model's 64 positions"),
+    "heads": (
+        {"model": {"num_attention_heads": 5}},
+        r"hidden_size = 32 is not a multiple of num_attention_heads = 5; .*\[2, 4\]",
+    ),
+    "key-value heads": (
+        {"model": {"num_key_value_heads": 3}},
+        r"num_attention_heads = 4 is not a multiple of num_key_value_heads = 3",
+    ),
+    "too long": (
+        {"training": {"sequence_length": 128, "tokens_per_step": 512}},
+        r"sequence_length = 128 is beyond the model's 64 positions",
+    ),
     "small vocabulary": ({"model": {"vocab_size": 299}}, r"train_vocab_size = 300 is beyond model.vocab_size = 299"),
     "missing": ({"optimizer": {"peak_learning_rate": ...}}, r"optimizer.peak_learning_rate is missing"),
 }
@@ -86,7 +101,9 @@ def test_bad_recipes_name_key_value_rule_and_remedy(case, write_recipe):
 
 
 def test_the_18_heads_of_the_founding_table_are_refused_with_the_nearest_that_divide():
-    with pytest.raises(UserError, match=r"n_embd = 2432 is not a multiple of n_head = 18; nearest n_head that divide: \[16, 19\]"):
+    with pytest.raises(
+        UserError, match=r"n_embd = 2432 is not a multiple of n_head = 18; nearest n_head that divide: \[16, 19\]"
+    ):
         load_recipe(ROOT / "recipes/gpt2_1.36b.yaml", ["model.n_head=18"])
 
 
@@ -106,7 +123,9 @@ def test_a_missing_recipe_names_the_nearest(monkeypatch):
         load_recipe("recipes/quickstrat.yaml")
 
 
-@pytest.mark.parametrize(("override", "message"), [("training.max_steps", "has no '='"), ("seed.x=1", "seed is a value, not a section")])
+@pytest.mark.parametrize(
+    ("override", "message"), [("training.max_steps", "has no '='"), ("seed.x=1", "seed is a value, not a section")]
+)
 def test_overrides_that_are_none(override, message, write_recipe):
     file = write_recipe()
     file.write_text(file.read_text() + "seed: 3\n")

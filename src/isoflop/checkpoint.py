@@ -13,6 +13,9 @@ import json
 import os
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,8 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
             _remove_partials(folder)
             aside.mkdir(parents=True)
         _barrier()
-        save_sharded({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=not dist.is_initialized())
+        with _one_process_is_fine():
+            save_sharded({"model": weights, "optimizer": moments}, checkpoint_id=aside)
         if _is_main():
             _seal(aside, trainer_state)
             shutil.rmtree(final, ignore_errors=True)  # the same state, reached again after resuming from an older one
@@ -63,7 +67,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
     """Load weights (and moments, given an optimizer) in place and return the trainer state. Collective."""
     weights, moments = get_state_dict(model, [optimizer] if optimizer else [])
     state: dict[str, Any] = {"model": weights} | ({"optimizer": moments} if optimizer else {})
-    load_sharded(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    with _one_process_is_fine():
+        load_sharded(state, checkpoint_id=path)
     set_state_dict(
         model,
         [optimizer] if optimizer else [],
@@ -155,6 +160,14 @@ def _is_disk_full(error: BaseException) -> bool:
     causes += [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
     numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
     return bool(numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}) or "No space left" in str(error)
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Without DCP's warning that one process saves alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _is_main() -> bool:
