@@ -1,14 +1,15 @@
 # Everything a newcomer types. `make quickstart` trains a small model on this machine; `make test` is what CI runs.
 PYTHON ?= python3
+OVERRIDES ?=  # for quickstart, e.g. OVERRIDES="training.max_steps=50 output.run_dir=runs/short"
 BIN := .venv/bin
 # One thread for the test processes: several at once on few cores slow one another down many times over.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: quickstart setup test test-all check lint types schema constraints
+.PHONY: quickstart setup test test-all check lint types schema constraints figures
 
 quickstart: .venv/installed
-	$(BIN)/python scripts/prepare.py recipes/quickstart.yaml
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/pretrain.py recipes/quickstart.yaml
+	$(BIN)/python scripts/prepare.py recipes/quickstart.yaml $(OVERRIDES)
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/pretrain.py recipes/quickstart.yaml $(OVERRIDES)
 
 setup: .venv/installed
 
@@ -44,3 +45,6 @@ schema: setup
 constraints: setup
 	(sed -n 1p constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//') > constraints.new
 	mv constraints.new constraints.txt
+
+figures:
+	cp runs/quickstart/loss.png docs/quickstart.png

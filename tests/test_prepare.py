@@ -132,7 +132,10 @@ def test_the_text_of_a_special_token_is_plain_text(toy_recipe, tmp_path):
         (tmp_path / f"doc{i}.txt").write_text(f"before <|endoftext|> after, document {i}\n" * 20)
     source = {"kind": "text", "files": [f"{tmp_path}/doc*.txt"]}
     recipe = toy_recipe(
-        data__prepared_dir=str(tmp_path / "p"), data__source=source, data__validation_fraction=0.2, tokenizer__train_vocab_size=270
+        data__prepared_dir=str(tmp_path / "p"),
+        data__source=source,
+        data__validation_fraction=0.2,
+        tokenizer__train_vocab_size=270,
     )
     manifest = prepare(recipe)
     stream = tokens_of(tmp_path / "p", "train").reshape(-1)

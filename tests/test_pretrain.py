@@ -131,7 +131,13 @@ def test_a_finished_run_is_left_alone(undisturbed, run_in_process, capsys):
 # --- the first loss -----------------------------------------------------------------------------------------
 
 TOY_WIDTHS = {
-    "llama": ["hidden_size=64", "intermediate_size=128", "num_hidden_layers=3", "num_attention_heads=4", "max_position_embeddings=64"],
+    "llama": [
+        "hidden_size=64",
+        "intermediate_size=128",
+        "num_hidden_layers=3",
+        "num_attention_heads=4",
+        "max_position_embeddings=64",
+    ],
     "gpt2": ["n_embd=64", "n_inner=128", "n_layer=3", "n_head=4", "n_positions=64"],
 }
 
@@ -144,7 +150,11 @@ def test_every_recipe_starts_at_the_logarithm_of_its_vocabulary(name, config, to
     if model.model_type == "llama" and model.num_key_value_heads:
         overrides.append("model.num_key_value_heads=2")
     toy = {**toy_tree, "training": {**toy_tree["training"], "max_steps": 1}}
-    overrides += [f"{section}.{key}={json.dumps(value)}" for section in ("training", "tokenizer", "data") for key, value in toy[section].items()]
+    overrides += [
+        f"{section}.{key}={json.dumps(value)}"
+        for section in ("training", "tokenizer", "data")
+        for key, value in toy[section].items()
+    ]
     done = launch(config, f"recipes/{name}.yaml", *overrides, f"output.run_dir={tmp_path}/run", "--dry-run")
     first = float(re.search(r"one step: loss ([\d.]+)", done.stdout)[1])
     assert first == pytest.approx(math.log(model.vocab_size), rel=0.02)
@@ -212,7 +222,9 @@ def interrupt_at(monkeypatch, phase, step, number=signal.SIGTERM):
     elif phase == "evaluation":
         calls = []
         share = validation.share_of_process
-        monkeypatch.setattr(validation, "share_of_process", signalling(share, lambda *_: calls.append(1) or len(calls) == step // 5))
+        monkeypatch.setattr(
+            validation, "share_of_process", signalling(share, lambda *_: calls.append(1) or len(calls) == step // 5)
+        )
     else:
         monkeypatch.setattr(pretrain_module, "load_checkpoint", signalling(pretrain_module.load_checkpoint, lambda *_: True))
 
@@ -372,3 +384,34 @@ def test_training_learns_more_than_token_frequencies(toy_recipe, run_in_process)
     assert run_in_process(recipe) == 0
     summary = json.loads((Path(recipe.output.run_dir) / "summary.json").read_text())
     assert summary["val_loss"] < summary["unigram_entropy_nats"] - 0.3
+
+
+# --- the Hub ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_the_finished_model_is_pushed_and_a_failed_push_costs_nothing(
+    reachable, toy_recipe, write_recipe, run_in_process, monkeypatch, capsys
+):
+    calls = []
+
+    class FakeApi:
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append((repo_id, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            if not reachable:
+                raise ConnectionError("network is down")
+            calls.append((repo_id, sorted(file.name for file in folder_path.iterdir())))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
+    recipe = load_recipe(write_recipe(), ["hub.repo_id=someone/toy"])
+    assert run_in_process(recipe) == 0
+    assert calls[0] == ("someone/toy", True, True)
+    output = capsys.readouterr().out
+    if reachable:
+        assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(calls[1][1])
+        assert "pushed to someone/toy" in output
+    else:
+        assert "not pushed (ConnectionError: network is down); the model is in" in output
+    assert (Path(recipe.output.run_dir) / "summary.json").exists()

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.utils.logging import disable_progress_bar
 
 from isoflop import checkpoint, cost
+from isoflop.data.order import derived_seed
 from isoflop.distributed import EXIT_RESUME, StopRequest, reduce_sums
 from isoflop.errors import UserError
 from isoflop.job import Job, build_job, check_data, describe, require_disk
@@ -98,7 +99,7 @@ def train_step(job: Job, step: int) -> tuple[Row, bool]:
     recipe, accelerator, model, optimizer = job.recipe, job.accelerator, job.model, job.optimizer
     started = time.perf_counter()
     # Dropout follows from (seed, step, rank) alone, so no random state is saved; nothing done between steps can disturb it.
-    torch.manual_seed(hash((recipe.seed, step, accelerator.process_index)) & (2**63 - 1))
+    torch.manual_seed(derived_seed(recipe.seed, step, accelerator.process_index))
     rate = learning_rate(step, job.num_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
     for group in optimizer.param_groups:
         group["lr"] = rate

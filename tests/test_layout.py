@@ -1,0 +1,112 @@
+"""The house rules: what may import what, how long a file may be, what is packaged, what a script may be called."""
+
+import ast
+import configparser
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+LIBRARY = sorted((ROOT / "src/isoflop").rglob("*.py")) + sorted((ROOT / "modeling").rglob("*.py"))
+# Imports point down only; modules of one layer do not know each other, except where a name is listed with its reason.
+LAYERS = {
+    "isoflop": 0, "isoflop.errors": 0, "isoflop.modeling": 0,
+    "isoflop.recipe": 1, "isoflop.recipe_file": 1, "isoflop.cost": 1,
+    "isoflop.data": 3, "isoflop.optim": 3, "isoflop.checkpoint": 3, "isoflop.metrics": 3, "isoflop.distributed": 3,
+    "isoflop.run_folder": 3, "isoflop.validation": 3,
+    "isoflop.job": 4, "isoflop.prepare": 4, "isoflop.pretrain": 4,
+}  # fmt: skip
+SAME_LAYER = {
+    ("isoflop.recipe_file", "isoflop.recipe"),  # the reader of what the other describes
+    ("isoflop.cost", "isoflop.recipe"),  # shapes come from its model section
+    ("isoflop.validation", "isoflop.data"),  # reads windows
+    ("isoflop.pretrain", "isoflop.job"),  # the job's first half
+}
+
+
+def module_of(path):
+    relative = path.relative_to(ROOT / "src") if "src" in path.parts[len(ROOT.parts) :] else "isoflop" / path.relative_to(ROOT)
+    return ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module):
+    return next(room for room in sorted(LAYERS, key=len, reverse=True) if module == room or module.startswith(f"{room}."))
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=module_of)
+def test_imports_point_down(path):
+    room = room_of(module_of(path))
+    for name in imports_of(path):
+        if name.startswith("isoflop."):
+            other = room_of(name)
+            assert other == room or LAYERS[other] < LAYERS[room] or (room, other) in SAME_LAYER, f"{room} imports {other}"
+
+
+def test_modeling_stands_alone():
+    for path in (ROOT / "modeling").rglob("*.py"):
+        roots = {name.split(".")[0] for name in imports_of(path)}
+        assert roots <= {"torch", "transformers", "math", "typing", "__future__"}
+
+
+def test_every_module_has_a_layer():
+    assert {room_of(module_of(path)) for path in LIBRARY} == set(LAYERS)
+
+
+def test_recipes_are_read_without_torch():
+    code = "import sys, isoflop.recipe_file, isoflop.cost; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_and_functions_stay_readable():
+    for path in LIBRARY:
+        source = path.read_text()
+        assert len(source.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+        assert not re.search(r"\b(TODO|FIXME|XXX)\b", source), path
+
+
+def test_the_packages_listed_are_those_of_the_tree():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    assert listed == {module_of(path) for path in LIBRARY if path.name == "__init__.py"}
+
+
+def test_no_script_bears_a_librarys_name():
+    import importlib.util
+
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert not scripts & (
+        set(sys.stdlib_module_names) | {"evaluate", "tokenizers", "datasets", "transformers", "torch", "accelerate"}
+    )
+    for name in scripts:
+        assert importlib.util.find_spec(name) is None
+
+
+def test_scripts_are_thin_and_say_how_they_are_launched():
+    for path in (ROOT / "scripts").glob("*.py"):
+        source = path.read_text()
+        assert len(source.splitlines()) <= 60
+        assert f"scripts/{path.name}" in ast.get_docstring(ast.parse(source))
+
+
+def test_launch_configs_say_for_whom_and_load():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in (ROOT / "accelerate_configs").glob("*.yaml"):
+        assert path.read_text().startswith("# For ")
+        config = load_config_from_file(str(path))
+        assert config.num_processes == int(re.match(r"\d*", path.stem)[0] or 1)

@@ -1,0 +1,102 @@
+"""The README's commands, typed as printed in a copy of the tree; the quickstart at a handful of steps."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from isoflop.recipe_file import load_recipe
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(info):
+    return re.findall(rf"^```{info}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The tracked files, with this environment as `.venv`."""
+    folder = tmp_path_factory.mktemp("clone") / "isoflop"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    return folder
+
+
+def shell(command, cwd):
+    env = {key: value for key, value in os.environ.items() if key != "OVERRIDES"}
+    done = subprocess.run(["bash", "-ec", command], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_first_screen_has_the_two_commands():
+    assert blocks("sh")[0] == "make quickstart\nmake test\n"
+    assert README.index("make quickstart") < 700
+
+
+def test_the_quickstart_and_every_command_after_it(copy):
+    few = "OVERRIDES='training.max_steps=6 evaluation.validate_every=3 evaluation.max_windows=16 tokenizer.train_vocab_size=1000'"
+    quickstart = f"make -o .venv/installed quickstart {few}"  # the environment is there: nothing is installed again
+    output = shell(quickstart, copy)
+    for said in (
+        "prepare: wrote data/quickstart",
+        "validation loss",
+        "bits per byte",
+        "token frequencies alone",
+        "tokens/s",
+        "sample: ",
+    ):
+        assert said in output
+    run = copy / "runs/quickstart"
+    assert f"loss curve: {run.relative_to(copy)}/loss.png" in output
+    assert json.loads((run / "summary.json").read_text())["steps"] == 6
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
+    again = shell(quickstart, copy)
+    assert "nothing changed" in again
+    assert "runs/quickstart is finished" in again
+    # The commands that follow continue from a quickstart of full length; here its recipe is the short one.
+    short = (copy / "recipes/quickstart.yaml").read_text().replace("max_steps: 500", "max_steps: 6")
+    short = short.replace("validate_every: 100\n  max_windows: 128", "validate_every: 3\n  max_windows: 16")
+    (copy / "recipes/quickstart.yaml").write_text(short.replace("train_vocab_size: 4096", "train_vocab_size: 1000"))
+    for block in blocks("sh")[1:]:
+        output = shell(block, copy)
+        assert "step 6: validation loss" in output
+    for folder, processes in (("short", 1), ("two_processes", 2)):
+        assert json.loads((copy / f"runs/{folder}/summary.json").read_text())["steps"] == 20
+        assert json.loads((copy / f"runs/{folder}/environment.json").read_text())["launch"]["num_processes"] == processes
+
+
+def test_commands_that_need_the_hub_name_files_that_are_there():
+    for block in blocks("sh hub"):
+        for name in re.findall(r"\S+\.(?:py|yaml)", block):
+            assert (ROOT / name).is_file(), name
+        for name in re.findall(r"recipes/\S+\.yaml", block):
+            load_recipe(ROOT / name)
+
+
+def test_the_table_of_recipes_is_right():
+    from isoflop import cost
+
+    rows = re.findall(r"^\| `(\w[\w.]*)` \| ([\w-]+) \| ([\d,]+) \| ([\d.]+)([MB]) \|", README, flags=re.MULTILINE)
+    assert {row[0] for row in rows} == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    for name, family, parameters, tokens, unit in rows:
+        recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
+        assert f"{cost.parameters(recipe.model):,}" == parameters
+        assert recipe.model.model_type == {"GPT-2": "gpt2", "Llama": "llama"}[family]
+        total = recipe.training.num_steps(0) * recipe.training.tokens_per_step / {"M": 1e6, "B": 1e9}[unit]
+        assert f"{total:.1f}" == tokens
+
+
+def test_pages_and_files_that_are_named_exist():
+    for name in re.findall(r"\]\(([\w/.-]+)\)", README):
+        assert (ROOT / name).exists(), name
