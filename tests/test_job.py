@@ -129,8 +129,8 @@ def test_a_disk_without_room_for_one_checkpoint(toy_recipe, run_in_process, monk
 def test_a_disk_that_fills_up_while_training(write_recipe):
     """A real one: files may not grow past 20 kB once step 5 is saved; step 10's checkpoint is refused by the kernel."""
     code = (
-        "import resource, sys\nimport isoflop.pretrain as p\nfrom isoflop.recipe_file import load_recipe\nsave = p.save_checkpoint\n"
-        "def limited(job, row):\n    save(job, row)\n    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "import resource, sys\nimport isoflop.pretrain as p\nfrom isoflop.recipe_file import load_recipe\n"
+        "save = p.save_checkpoint\ndef limited(job, row):\n    save(job, row)\n    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "p.save_checkpoint = limited\nfrom isoflop.errors import run_command\n"
         "run_command(lambda: p.pretrain(load_recipe(sys.argv[1])))\n"
     )

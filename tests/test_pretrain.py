@@ -48,13 +48,15 @@ def test_a_run_leaves_what_others_rely_on(undisturbed):
     recipe = undisturbed["llama"]
     folder = Path(recipe.output.run_dir)
     assert {path.name for path in folder.iterdir()} == {
-        "recipe.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "model", "loss.png", "lock",
+        "recipe.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "model", "loss.png",
+        "lock",
     }  # fmt: skip
     assert load_recipe(folder / "recipe.yaml") == recipe
     rows = metrics_of(recipe)
     assert [row["step"] for row in rows] == list(range(1, 11))
     keys = [
-        "step", "tokens", "loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "peak_memory_bytes", "elapsed_s",
+        "step", "tokens", "loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "peak_memory_bytes",
+        "elapsed_s",
     ]  # fmt: skip
     assert all(list(row) == keys for row in rows)
     assert [row["tokens"] for row in rows] == [256 * step for step in range(1, 11)]

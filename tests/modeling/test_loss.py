@@ -22,8 +22,12 @@ MODELS = {"llama": LLAMA, "llama tied": {**LLAMA, "tie_word_embeddings": True}, 
 
 @settings(deadline=None)
 @given(
-    rows=st.integers(1, 40), vocab=st.integers(2, 50), chunk=st.integers(1, 50), ignored=st.integers(0, 3), seed=st.integers(0, 99)
-)  # fmt: skip
+    rows=st.integers(1, 40),
+    vocab=st.integers(2, 50),
+    chunk=st.integers(1, 50),
+    ignored=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
 def test_loss_and_gradients_equal_the_plain_ones_for_any_chunk(rows, vocab, chunk, ignored, seed):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, 8, generator=generator, dtype=torch.float64).requires_grad_()
