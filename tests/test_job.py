@@ -130,9 +130,9 @@ def test_a_disk_that_fills_up_while_training(write_recipe):
     """A real one: files may not grow past 20 kB once step 5 is saved; step 10's checkpoint is refused by the kernel."""
     code = (
         "import resource, sys\nimport isoflop.pretrain as p\nfrom isoflop.recipe_file import load_recipe\n"
-        "save = p.save_checkpoint\ndef limited(job, row):\n    save(job, row)\n    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "p.save_checkpoint = limited\nfrom isoflop.errors import run_command\n"
-        "run_command(lambda: p.pretrain(load_recipe(sys.argv[1])))\n"
+        "from isoflop.errors import run_command\nsave = p.save_checkpoint\n"
+        "def limited(job, row):\n    save(job, row)\n    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "p.save_checkpoint = limited\nrun_command(lambda: p.pretrain(load_recipe(sys.argv[1])))\n"
     )
     file = write_recipe(output__checkpoint_every=5, evaluation__validate_every=100)
     done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
