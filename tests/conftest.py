@@ -117,7 +117,12 @@ def run_in_process():
 
 def metrics_of(recipe):
     """Rows of a run's metrics."""
-    return [json.loads(line) for line in (Path(recipe.output.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return metrics_of_folder(Path(recipe.output.run_dir))
+
+
+def metrics_of_folder(folder):
+    """Rows of `metrics.jsonl` in a run's folder."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def curve_of(recipe):

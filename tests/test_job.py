@@ -97,6 +97,17 @@ def test_two_runs_in_one_folder(toy_recipe, run_in_process, write_recipe):
     assert run_in_process(recipe) == 0  # the lock went with the process
 
 
+def test_resuming_on_other_windows_made_from_the_same_recipe(toy_recipe, run_in_process, own_data):
+    recipe = toy_recipe(data__prepared_dir=str(own_data))
+    assert run_in_process(recipe) == 0
+    (Path(recipe.output.run_dir) / "summary.json").unlink()
+    manifest = json.loads((own_data / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"] = manifest["splits"]["validation"]["shards"]
+    (own_data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"holds other windows than .*step-10 was trained on"):
+        run_in_process(recipe)
+
+
 def test_a_loss_that_is_not_a_number(toy_recipe, run_in_process, monkeypatch):
     recipe = toy_recipe()
     step = pretrain_module.train_step
@@ -124,6 +135,8 @@ def test_a_really_diverging_run_stops(toy_recipe, run_in_process):
 def test_a_disk_without_room_for_one_checkpoint(toy_recipe, run_in_process, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
     refuses(run_in_process, toy_recipe(), r"5,000 bytes are free, a checkpoint and the model need \d+")
+    with pytest.raises(UserError, match="bytes are free"):
+        run_in_process(toy_recipe(), dry_run=True)
 
 
 def test_a_disk_that_fills_up_while_training(write_recipe):

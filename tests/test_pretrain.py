@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, curve_of, launch, metrics_of, run_command, weights_of
+from conftest import ROOT, curve_of, launch, metrics_of, metrics_of_folder, run_command, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from isoflop import checkpoint
@@ -263,22 +263,44 @@ def test_a_signal_before_training_leaves_nothing_to_resume(toy_recipe, run_in_pr
     assert not (Path(recipe.output.run_dir) / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_real_command_under_a_real_signal(number, write_recipe):
-    file = write_recipe(training__max_steps=100_000)
-    recipe = load_recipe(file)
-    metrics = Path(recipe.output.run_dir) / "metrics.jsonl"
-    process = subprocess.Popen([sys.executable, "scripts/pretrain.py", file], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def start_long_run(command, file):
+    """Start a run of 100,000 steps and wait until some are done; returns the process and the run's folder."""
+    process = subprocess.Popen(
+        [*command, "scripts/pretrain.py", str(file)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    metrics = Path(load_recipe(file).output.run_dir) / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 20) and time.monotonic() < deadline:
         time.sleep(0.05)
+    return process, metrics.parent
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_real_command_under_a_real_signal(number, write_recipe):
+    process, folder = start_long_run([sys.executable], write_recipe(training__max_steps=100_000))
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_RESUME
     assert f"{number.name}: saved" in output
-    last = checkpoint.list_checkpoints(metrics.parent / "checkpoints")[-1]
-    assert checkpoint.step_of(last) >= 20
+    last = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
+    assert checkpoint.step_of(last) == metrics_of_folder(folder)[-1]["step"] + 1 >= 20  # the last step's row is in the checkpoint
     assert checkpoint.find_faults(last) == []
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["cpu", "2cpu_ddp"])
+def test_a_launcher_that_is_told_to_stop_takes_its_run_with_it_saved(config, write_recipe):
+    """The simple launcher passes no signal on and just dies; torchrun's agent passes it to every rank."""
+    port = [] if config == "cpu" else ["--main_process_port", "0"]
+    command = ["accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml", *port]
+    process, folder = start_long_run(command, write_recipe(training__max_steps=100_000))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)  # until the last process has closed the pipe
+    assert ": saved; the same command goes on" in output
+    last = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
+    assert checkpoint.step_of(last) == metrics_of_folder(folder)[-1]["step"] + 1
+    assert checkpoint.find_faults(last) == []
+    assert not list((folder / "checkpoints").glob(".*"))
 
 
 def test_a_chosen_checkpoint_and_one_that_is_not_there(undisturbed, toy_recipe, run_in_process, capsys):

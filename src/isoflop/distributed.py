@@ -7,6 +7,7 @@ FSDP and DeepSpeed are ignored on CPU), so what came up is held against what was
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -79,17 +80,34 @@ def _asked_processes() -> tuple[int, str]:
     """How many processes the launch asked for: torchrun says so in WORLD_SIZE, accelerate's simple launcher nowhere."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]), "the launcher (WORLD_SIZE)"
-    parent = psutil.Process().parent()
-    try:
-        command = parent.cmdline() if parent else []
-    except psutil.Error:  # a parent that is another user's, or gone
-        return 1, "this launch"
-    names = [argument.replace("\\", "/").rsplit("/", 1)[-1] for argument in command]
-    if "accelerate" in names and "launch" in names:
-        arguments = launch_command_parser().parse_args(command[names.index("launch") + 1 :])
+    command = _parent_command()
+    if _is_accelerate_launch(command):
+        arguments = launch_command_parser().parse_args(command[command.index("launch") + 1 :])
         config: Any = load_config_from_file(arguments.config_file) if arguments.config_file else None
         return arguments.num_processes or getattr(config, "num_processes", 1), f"accelerate launch ({arguments.config_file})"
     return 1, "this launch"
+
+
+def _is_accelerate_launch(command: list[str]) -> bool:
+    names = [argument.replace("\\", "/").rsplit("/", 1)[-1] for argument in command]
+    return "accelerate" in names and "launch" in names
+
+
+def follow_launcher() -> None:
+    """Have the kernel send SIGTERM when `accelerate launch` dies: its simple launcher passes no signal on.
+
+    Linux only (prctl(2), PR_SET_PDEATHSIG); not under a shell, whose end must not end a run under nohup.
+    """
+    if sys.platform == "linux" and _is_accelerate_launch(_parent_command()):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _parent_command() -> list[str]:
+    parent = psutil.Process().parent()
+    try:
+        return parent.cmdline() if parent else []
+    except psutil.Error:  # a parent that is another user's, or gone
+        return []
 
 
 class StopRequest:
@@ -106,6 +124,7 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        follow_launcher()
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 

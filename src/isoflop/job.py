@@ -5,7 +5,6 @@ Entered by `check_data`, then `build_job`. Whatever is wrong ends here in a `Use
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +147,6 @@ def describe(job: Job) -> list[str]:
     flops = cost.flops_per_token(recipe.model, training.sequence_length)
     device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
     moments = cost.optimizer_bytes_per_parameter(recipe.optimizer)
-    free = shutil.disk_usage(next(p for p in (job.folder.path, *job.folder.path.absolute().parents) if p.exists())).free
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     checkpoint_bytes = cost.checkpoint_bytes(recipe.model, recipe.optimizer)
     return [
@@ -162,14 +160,14 @@ def describe(job: Job) -> list[str]:
         f"memory: weights, gradients and moments take (4 + 4 + {moments}) bytes x parameters ="
         f" {parameters * (8 + moments):,} bytes a process ({recipe.optimizer.moments_dtype} moments); activations come on top",
         f"disk: a checkpoint takes about {checkpoint_bytes:,} bytes, {recipe.output.keep_last} are kept"
-        f" and one more is being written; {free:,} bytes are free at {job.folder.path}",
+        f" and one more is being written; {job.folder.free_bytes():,} bytes are free at {job.folder.path}",
     ]
 
 
 def require_disk(job: Job) -> None:
     """Refuse to start a run that could not save one checkpoint and its model."""
     needed = cost.checkpoint_bytes(job.recipe.model, job.recipe.optimizer) + 4 * cost.parameters(job.recipe.model)
-    free = shutil.disk_usage(job.folder.path).free
+    free = job.folder.free_bytes()
     if free < needed:
         raise UserError(
             f"output.run_dir = {str(job.folder.path)!r}: {free:,} bytes are free, a checkpoint and the model need {needed:,};"

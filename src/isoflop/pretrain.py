@@ -26,6 +26,7 @@ from isoflop.job import Job, build_job, check_data, describe, require_disk
 from isoflop.metrics import MetricsLog, Row, draw_curve, layer_norms, peak_memory_bytes
 from isoflop.optim import learning_rate
 from isoflop.recipe import Recipe, flatten
+from isoflop.recipe_file import to_yaml
 from isoflop.run_folder import RunFolder
 from isoflop.validation import bits_per_byte, sample_texts, validation_loss
 
@@ -189,7 +190,7 @@ def require_finite(job: Job, row: Row) -> None:
 def save_checkpoint(job: Job, row: Row) -> None:
     """Save the state after a step, with the row that the metrics may not have yet."""
     output = job.recipe.output
-    state = {"step": row["step"], "elapsed_s": row["elapsed_s"], "row": row}
+    state = {"step": row["step"], "elapsed_s": row["elapsed_s"], "row": row, "data": job.manifest.fingerprint()}
     checkpoint.save(job.folder.checkpoints, row["step"], job.model, inner_optimizer(job), state)
     if job.accelerator.is_main_process:
         checkpoint.prune(job.folder.checkpoints, output.keep_last, output.keep_every)
@@ -204,7 +205,13 @@ def load_checkpoint(job: Job, resume: str | None) -> dict[str, Any]:
     if path is None:
         return {"step": 0, "elapsed_s": 0.0, "row": None}
     job.accelerator.print(f"resuming from {path}")
-    return checkpoint.load(path, job.model, inner_optimizer(job))
+    state = checkpoint.load(path, job.model, inner_optimizer(job))
+    if state["data"] != job.manifest.fingerprint():
+        raise UserError(
+            f"data.prepared_dir = {job.recipe.data.prepared_dir!r} holds other windows than {path} was trained on, made"
+            " from the same recipe but other files; put the earlier ones back, or start over in another output.run_dir"
+        )
+    return state
 
 
 def choose_checkpoint(checkpoints: Path, resume: str | None) -> Path | None:
@@ -335,7 +342,10 @@ def evaluate_only(job: Job, state: dict[str, Any]) -> int:
 
 def check_only(job: Job) -> int:
     """The checklist before a long run: what was found, one real step, what would be done."""
-    job.accelerator.print("\n".join(describe(job)))
+    job.accelerator.print(to_yaml(job.recipe) + "\n".join(describe(job)))
+    require_disk(job)
+    there = checkpoint.list_checkpoints(job.folder.checkpoints)
+    onwards = f", going on from {there[-1].name}" if there else ""
     started = time.perf_counter()
     row, _ = train_step(job, step=0)
     require_finite(job, row)
@@ -344,6 +354,7 @@ def check_only(job: Job) -> int:
         f"one step: loss {row['loss']:.4f} (ln of the vocabulary is {math.log(job.recipe.model.vocab_size):.4f}), gradient norm"
         f" {row['grad_norm']:.3f}, {step_s:.2f} s, peak memory {row['peak_memory_bytes']:,} bytes\n"
         f"dry run: would train {job.num_steps:,} steps in about {job.num_steps * step_s / 3600:.2f} h (at the first step's"
-        f" pace, the slowest) and write {job.folder.path}; nothing was written"
+        f" pace, the slowest) and write {job.folder.path}{onwards}; nothing was written"
     )
+    job.accelerator.end_training()
     return 0

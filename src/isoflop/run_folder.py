@@ -65,6 +65,10 @@ class RunFolder:
                 " set another output.run_dir, or delete this one to start over"
             )
 
+    def free_bytes(self) -> int:
+        """Free space where the folder is, or will be."""
+        return shutil.disk_usage(next(p for p in (self.path, *self.path.absolute().parents) if p.exists())).free
+
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that is done, else None."""
         return json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else None

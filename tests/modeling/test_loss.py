@@ -108,3 +108,22 @@ def test_targets_given_apart_return_the_sum_over_those_that_count():
     assert model(ids, targets).item() == pytest.approx(model(ids).item() * 4 * 15, rel=1e-6)
     targets[2:] = IGNORED
     assert model(ids, targets).item() == pytest.approx(model(ids[:2]).item() * 2 * 15, rel=1e-6)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that hand a device value to Python: each makes the host wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_micro_batch_never_waits_for_the_device(name):
+    model = TrainingModel(build_model(build_config(MODELS[name], 0, None), True, seed=1))
+    ids = torch.randint(0, 300, (3, 32), generator=torch.Generator().manual_seed(0))
+    with HostReads() as reads:
+        model(ids).backward()
+    assert reads.count == 0

@@ -1,0 +1,1 @@
+"""Text in, packed windows out, and the order in which training sees them."""

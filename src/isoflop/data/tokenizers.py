@@ -1,0 +1,58 @@
+"""The tokenizer a recipe names, or one trained on its data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from isoflop.errors import UserError
+from isoflop.recipe import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[list[str]], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A GPT-2 style byte-level BPE of `vocab_size` entries; any string survives encoding and decoding."""
+    bpe = FastTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    if bpe.get_vocab_size() < vocab_size:
+        raise UserError(
+            f"tokenizer.train_vocab_size = {vocab_size}: the training text yields only {bpe.get_vocab_size()} entries;"
+            " ask for fewer or give it more text"
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
+
+
+def load_tokenizer(wanted: Tokenizer) -> Any:
+    """The fast tokenizer of a Hub name or folder. Raises `UserError` where it has no fast form or no end-of-text token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(wanted.name, revision=wanted.revision or "main")
+    except Exception as error:  # the Hub client's, the parser's and transformers' own: one remedy for all
+        raise UserError(
+            f"tokenizer.name = {wanted.name!r} cannot be loaded: {error}; give a local folder, or a Hub name you have access to"
+            " (gated ones: accept the terms on their page, then hf auth login)"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer.name = {wanted.name!r} has no fast form (tokenizer.json); convert it or choose one that has")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer.name = {wanted.name!r} has no end-of-text token, which joins documents; set its eos_token")
+    return tokenizer
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 of `tokenizer.json`, the file that decides every id."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
