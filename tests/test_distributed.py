@@ -47,6 +47,13 @@ def test_an_engine_that_did_not_come_up_is_refused(variable, engine, monkeypatch
         check_launch(accelerator)
 
 
+def test_half_precision_with_loss_scaling_is_refused():
+    accelerator = Accelerator(cpu=True)
+    accelerator.state._mixed_precision = "fp16"
+    with pytest.raises(UserError, match=r"mixed_precision: fp16 .* set bf16"):
+        check_launch(accelerator)
+
+
 @pytest.mark.distributed
 def test_a_config_that_silently_starts_one_process_is_refused(write_recipe, tmp_path):
     config = tmp_path / "multi_cpu.yaml"

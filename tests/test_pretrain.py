@@ -83,7 +83,9 @@ def test_the_saved_model_is_the_trained_one(family, undisturbed, run_in_process)
     assert model.dtype == torch.float32
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # ties hold after a reload
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    job = pretrain_module.build_job(recipe, pretrain_module.check_data(recipe, True), pretrain_module.StopRequest())
+    accelerator = pretrain_module.build_accelerator(recipe.output)
+    manifest = pretrain_module.check_data(recipe, True)
+    job = pretrain_module.build_job(recipe, manifest, accelerator, pretrain_module.StopRequest())
     pretrain_module.load_checkpoint(job, "newest")
     ids = torch.from_numpy(job.validation_windows.take(job.validation_order()))
     with torch.no_grad():
@@ -349,6 +351,36 @@ def test_two_processes_equal_one_that_accumulates_twice(family, undisturbed, wri
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     assert metrics_of(recipe)[-1]["val_loss"] == pytest.approx(metrics_of(undisturbed[family])[-1]["val_loss"], abs=1e-5)
+
+
+NO_DDP_IS_LEFT_AT_THE_END = """
+import gc, sys
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+import isoflop.pretrain as pretrain
+from isoflop.recipe_file import load_recipe
+built, end = [], Accelerator.end_training
+def prepared(*arguments):
+    job = build_job(*arguments)
+    built.append(isinstance(job.model, DistributedDataParallel))
+    return job
+def ending(accelerator):
+    left = [o for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]
+    print("DDP was built", built, "and is left", len(left), flush=True)
+    end(accelerator)
+build_job, pretrain.build_job, Accelerator.end_training = pretrain.build_job, prepared, ending
+sys.exit(pretrain.pretrain(load_recipe(sys.argv[1]), dry_run=True))
+"""
+
+
+@pytest.mark.distributed
+def test_the_reducer_is_gone_before_the_process_group(write_recipe, tmp_path):
+    """Else processes hang at their end, now and then, each waiting for a lock that the other holds."""
+    script = tmp_path / "script.py"
+    script.write_text(NO_DDP_IS_LEFT_AT_THE_END)
+    config = ["--config_file", "accelerate_configs/2cpu_ddp.yaml", "--main_process_port", "0"]
+    done = run_command("accelerate", "launch", *config, script, write_recipe())
+    assert done.stdout.count("DDP was built [True] and is left 0") == 2
 
 
 @pytest.mark.distributed

@@ -82,6 +82,14 @@ BAD = {
         {"training": {"sequence_length": 128, "tokens_per_step": 512}},
         r"sequence_length = 128 is beyond the model's 64 positions",
     ),
+    "sample too long": (
+        {"evaluation": {"sample_tokens": 64}},
+        r"sample_tokens = 64 leaves no room .* 64 positions; sample fewer",
+    ),
+    "empty prompt": (
+        {"evaluation": {"sample_prompts": [""]}},
+        r"evaluation.sample_prompts.0 = '': String should have at least 1",
+    ),
     "small vocabulary": ({"model": {"vocab_size": 299}}, r"train_vocab_size = 300 is beyond model.vocab_size = 299"),
     "missing": ({"optimizer": {"peak_learning_rate": ...}}, r"optimizer.peak_learning_rate is missing"),
 }

@@ -56,3 +56,15 @@ def test_samples_are_seeded(toy_tree):
     assert texts[0].startswith("import ")
     assert texts[1].startswith("def ")
     assert model.training
+
+
+@pytest.mark.parametrize("new_tokens", [8, 63])
+def test_a_prompt_longer_than_the_positions_is_cut(new_tokens, toy_tree):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(toy_tree["data"]["prepared_dir"] + "/tokenizer")
+    model = build_model(build_config(FIELDS, None, None), True, seed=0).train()
+    prompt = "import os, sys\n" * 50
+    (text,) = sample_texts(model, tokenizer, [prompt], new_tokens)
+    kept = tokenizer(prompt)["input_ids"][-(64 - new_tokens) :]
+    assert text.startswith(tokenizer.decode(kept))

@@ -67,6 +67,11 @@ def check_launch(accelerator: Accelerator) -> None:
             " train everything and write the same files. On CPU use accelerate_configs/2cpu_ddp.yaml (distributed_type"
             " MULTI_GPU starts processes, MULTI_CPU does not); on GPU check that torch sees the devices"
         )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(
+            f"mixed_precision: {accelerator.mixed_precision} of the launch config is not trained here: fp16 needs loss"
+            " scaling, which skips steps; set bf16, or 'no' for fp32"
+        )
     engines = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
     for variable, engine in engines.items():
         if os.environ.get(variable, "").lower() == "true" and accelerator.distributed_type != engine:

@@ -20,7 +20,7 @@ from isoflop.data.manifest import Manifest, differences, made_from, read_manifes
 from isoflop.data.order import permute, share_of_process, windows_of_step
 from isoflop.data.tokenizers import tokenizer_hash
 from isoflop.data.windows import Windows
-from isoflop.distributed import StopRequest, build_accelerator
+from isoflop.distributed import StopRequest
 from isoflop.errors import UserError
 from isoflop.modeling.build import build_config, build_model, decoder_layers
 from isoflop.modeling.loss import TrainingModel
@@ -102,9 +102,8 @@ def check_data(recipe: Recipe, is_main: bool) -> Manifest:
     return manifest
 
 
-def build_job(recipe: Recipe, manifest: Manifest, stop: StopRequest) -> Job:
-    """Processes, model, optimizer and data of a run. Raises `UserError` when launch and recipe do not fit."""
-    accelerator = build_accelerator(recipe.output)
+def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop: StopRequest) -> Job:
+    """Model, optimizer and data of a run. Raises `UserError` when launch and recipe do not fit."""
     accumulation = require_whole_steps(recipe.training, accelerator.num_processes)
     accelerator.gradient_accumulation_steps = accumulation
     facts = manifest.tokenizer

@@ -54,10 +54,15 @@ class MetricsLog:
         if self._accelerator.is_main_process:
             self._progress.write(text)
 
-    def close(self) -> None:
-        """Sync the file and take the bar away."""
+    def sync(self) -> None:
+        """Have the disk hold every row written so far: a checkpoint brings its own step's row alone."""
         if self._accelerator.is_main_process:
             os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Close the file and take the bar away."""
+        if self._accelerator.is_main_process:
+            self.sync()
             self._stream.close()
             self._progress.close()
 

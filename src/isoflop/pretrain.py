@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from isoflop import checkpoint, cost
 from isoflop.data.order import derived_seed
-from isoflop.distributed import EXIT_RESUME, StopRequest, reduce_sums
+from isoflop.distributed import EXIT_RESUME, StopRequest, build_accelerator, reduce_sums
 from isoflop.errors import UserError
 from isoflop.job import Job, build_job, check_data, describe, require_disk
 from isoflop.metrics import MetricsLog, Row, draw_curve, layer_norms, peak_memory_bytes
@@ -49,33 +49,44 @@ def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False,
             report(folder, summary)
         return 0
     with StopRequest() as stop:
-        job = build_job(recipe, check_data(recipe, is_main), stop)
-        if dry_run:
-            return check_only(job)
-        if is_main and not eval_only:
-            folder.claim()
-        state = load_checkpoint(job, resume or (NEWEST if eval_only else None))
-        if eval_only:
-            return evaluate_only(job, state)
-        job.accelerator.print("\n".join(describe(job)))
-        log = start(job, state)
-        try:
-            completed = train(job, log, state)
-        finally:
-            log.close()
-        if completed:
-            finish(job, log.rows)
-        else:
-            job.accelerator.print(f"{stop.signal or 'a signal to another rank'}: saved; the same command goes on from here")
-        job.accelerator.end_training()
-    return 0 if completed else EXIT_RESUME
+        manifest = check_data(recipe, is_main)
+        accelerator = build_accelerator(recipe.output)
+        code = carry_out(build_job(recipe, manifest, accelerator, stop), resume, eval_only, dry_run)
+        # By now the job is gone, and with it DDP's reducer. Were the reducer the last to let go of the process group, it would end
+        # gloo's threads while holding the interpreter's lock that one of them may wait for: seen to hang in torch 2.13.
+        accelerator.free_memory()
+        accelerator.end_training()
+    return code
+
+
+def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool) -> int:
+    """Do with a job what was asked for; returns the exit code."""
+    if dry_run:
+        return check_only(job)
+    if job.accelerator.is_main_process and not eval_only:
+        job.folder.claim()
+    state = load_checkpoint(job, resume or (NEWEST if eval_only else None))
+    if eval_only:
+        return evaluate_only(job, state)
+    job.accelerator.print("\n".join(describe(job)))
+    log = start(job, state)
+    try:
+        completed = train(job, log, state)
+    finally:
+        log.close()
+    if completed:
+        finish(job, log.rows)
+        return 0
+    job.accelerator.print(f"{job.stop.signal or 'a signal to another rank'}: saved; the same command goes on from here")
+    return EXIT_RESUME
 
 
 def train(job: Job, log: MetricsLog, state: dict[str, Any]) -> bool:
     """The training loop. False when a signal ended it early, with a checkpoint of the last step."""
-    if reduce_sums(job.accelerator, [float(log.lacks(state["step"]))])[0]:
-        measure(job, log, state["row"])  # stopped between this checkpoint and its line in the metrics
     job.stop.arm()
+    stopped_before_its_row = reduce_sums(job.accelerator, [float(log.lacks(state["step"]))])[0]
+    if stopped_before_its_row and not measure(job, log, state["row"]):
+        return False
     started = time.perf_counter() - state["elapsed_s"]
     for step in range(state["step"], job.num_steps):
         row, stop = train_step(job, step)
@@ -83,6 +94,7 @@ def train(job: Job, log: MetricsLog, state: dict[str, Any]) -> bool:
         require_finite(job, row)
         saved = stop or row["step"] % job.recipe.output.checkpoint_every == 0 or row["step"] == job.num_steps
         if saved:
+            log.sync()
             save_checkpoint(job, row)
         if not stop and measure(job, log, row):
             continue
@@ -356,5 +368,4 @@ def check_only(job: Job) -> int:
         f"dry run: would train {job.num_steps:,} steps in about {job.num_steps * step_s / 3600:.2f} h (at the first step's"
         f" pace, the slowest) and write {job.folder.path}{onwards}; nothing was written"
     )
-    job.accelerator.end_training()
     return 0

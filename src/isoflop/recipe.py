@@ -261,8 +261,9 @@ class Evaluation(Section):
     """Validation windows used; all of them where not given."""
     sample_every: PositiveInt | None = None
     """Steps between samples of text; at the end alone where not given."""
-    sample_prompts: list[str] = ["The "]
+    sample_prompts: list[Annotated[str, Field(min_length=1)]] = ["The"]
     sample_tokens: PositiveInt = 64
+    """New tokens of a sample; a prompt keeps what the model's positions leave."""
 
 
 class Output(Section):
@@ -311,6 +312,11 @@ class Recipe(Section):
             raise ValueError(
                 f"training.sequence_length = {self.training.sequence_length} is beyond the model's"
                 f" {self.model.max_positions} positions; shorten it or raise the model's positions"
+            )
+        if self.evaluation.sample_tokens >= self.model.max_positions:
+            raise ValueError(
+                f"evaluation.sample_tokens = {self.evaluation.sample_tokens} leaves no room for a prompt in the model's"
+                f" {self.model.max_positions} positions; sample fewer tokens"
             )
         wanted = self.tokenizer.train_vocab_size
         if wanted is not None and wanted > self.model.vocab_size:

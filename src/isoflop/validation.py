@@ -66,9 +66,10 @@ def sample_texts(causal_lm: Any, tokenizer: Any, prompts: list[str], new_tokens:
     try:
         texts = []
         for prompt in prompts:
-            ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(causal_lm.device)
+            room = causal_lm.config.max_position_embeddings - new_tokens
+            ids = torch.tensor([tokenizer(prompt)["input_ids"][-room:]], device=causal_lm.device)
             settings = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.eos_token_id}
-            output = causal_lm.generate(**ids, max_new_tokens=new_tokens, **settings)
+            output = causal_lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **settings)
             texts.append(str(tokenizer.decode(output[0], skip_special_tokens=True)))
         return texts
     finally:

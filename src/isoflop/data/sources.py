@@ -17,6 +17,7 @@ import datasets
 import fsspec
 import numpy as np
 from datasets import IterableDataset, load_dataset
+from tqdm import tqdm
 
 from isoflop.data.order import keyed_uniform
 from isoflop.errors import UserError, nearest
@@ -88,7 +89,7 @@ def open_source(data: Data) -> tuple[Documents, Origin]:
     root = _stdlib_root() if isinstance(source, PythonStdlibSource) else Path()
     hashes = {
         str(file.relative_to(root) if file.is_relative_to(root) else file): _hash_checked(file, text=source.kind != "parquet")
-        for file in files
+        for file in tqdm(files, desc="hash sources", unit="file", delay=3)
     }
     origin = Origin(hashes, None)
     names = [str(file) for file in files]
