@@ -52,8 +52,8 @@ def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False,
         manifest = check_data(recipe, is_main)
         accelerator = build_accelerator(recipe.output)
         code = carry_out(build_job(recipe, manifest, accelerator, stop), resume, eval_only, dry_run)
-        # By now the job is gone, and with it DDP's reducer. Were the reducer the last to let go of the process group, it would end
-        # gloo's threads while holding the interpreter's lock that one of them may wait for: seen to hang in torch 2.13.
+        # By now the job is gone, and with it DDP's reducer. Were that the last to let go of the process group, it would end
+        # gloo's threads while holding the interpreter's lock, which one of them may wait for: seen to hang in torch 2.13.
         accelerator.free_memory()
         accelerator.end_training()
     return code
