@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PATH
 
 quickstart: .venv/installed
 	$(BIN)/python scripts/prepare.py recipes/quickstart.yaml $(OVERRIDES)
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml scripts/pretrain.py recipes/quickstart.yaml $(OVERRIDES)
+	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml scripts/pretrain.py recipes/quickstart.yaml $(OVERRIDES)
 
 setup: .venv/installed
 
@@ -21,7 +21,7 @@ setup: .venv/installed
 	touch $@
 
 test: setup lint types
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: setup lint types
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -15,21 +15,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file of recipes/")
     parser.add_argument("overrides", nargs="*", help="section.key=value, e.g. training.max_steps=2000")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="newest",
-        metavar="STEP",
-        help="require a checkpoint, or take that step's (default: go on if any)",
-    )
+    parser.add_argument("--resume", action="store_true", help="require a checkpoint (without it: go on from the newest, if any)")
+    parser.add_argument("--resume-from", metavar="STEP", help="go back to that step's checkpoint; later ones are deleted")
     parser.add_argument("--eval-only", "--eval_only", action="store_true", help="measure the newest checkpoint's validation loss")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="check everything, do one step, write nothing")
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
 
-    from isoflop.pretrain import pretrain
+    from isoflop.pretrain import NEWEST, pretrain
 
-    return pretrain(recipe, arguments.resume, arguments.eval_only, arguments.dry_run)
+    resume = arguments.resume_from or (NEWEST if arguments.resume else None)
+    return pretrain(recipe, resume, arguments.eval_only, arguments.dry_run)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,15 @@ def test_retention(keep_last, keep_every, left, tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == left
 
 
-def test_steps_are_ordered_as_numbers(tmp_path):
-    for step in (100, 20, 3):
+def test_going_back_discards_what_came_later(tmp_path):
+    for step in (10, 20, 30):
+        (tmp_path / f"step-{step}").mkdir()
+    checkpoint.discard_after(tmp_path, 20)
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [10, 20]
+
+
+def test_steps_are_ordered_as_numbers_and_copies_by_hand_are_left_alone(tmp_path):
+    for step in (100, 20, 3, "20-good"):
         (tmp_path / f"step-{step}").mkdir()
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [3, 20, 100]
 

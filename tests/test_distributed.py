@@ -3,9 +3,10 @@ import signal
 
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from conftest import launch, run_command
 
-from isoflop.distributed import EXIT_RESUME, StopRequest, build_accelerator, check_launch, reduce_sums
+from isoflop.distributed import EXIT_RESUME, StopRequest, _launch_arguments, build_accelerator, check_launch, reduce_sums
 from isoflop.errors import UserError
 from isoflop.recipe import Output
 
@@ -25,10 +26,10 @@ def test_a_signal_while_training_waits_for_the_loop(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
         stop.arm()
-        assert not stop.agreed(Accelerator(cpu=True))
+        assert not stop.agreed()
         os.kill(os.getpid(), number)
         assert stop.signal == signal.Signals(number).name
-        assert stop.agreed(Accelerator(cpu=True))
+        assert stop.agreed()
     assert signal.getsignal(number) is before
 
 
@@ -45,6 +46,29 @@ def test_an_engine_that_did_not_come_up_is_refused(variable, engine, monkeypatch
     monkeypatch.setenv(variable, "true")
     with pytest.raises(UserError, match=f"asked for {engine}, but accelerate came up as NO on cpu"):
         check_launch(accelerator)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_an_engine_that_came_up_but_cannot_be_exported_is_refused(engine):
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = DistributedType(engine)
+    with pytest.raises(UserError, match=f"distributed_type: {engine} is not trained here .*2gpu_ddp.yaml"):
+        check_launch(accelerator)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("python /env/bin/accelerate launch --cpu x.py a=1", ["--cpu", "x.py", "a=1"]),
+        ("/env/bin/accelerate-launch x.py", ["x.py"]),
+        ("python -m accelerate.commands.launch x.py", ["x.py"]),
+        ("bash -c run", None),
+        ("accelerate config", None),
+        ("", None),
+    ],
+)
+def test_every_spelling_of_the_launcher_is_known(command, arguments):
+    assert _launch_arguments(command.split()) == arguments
 
 
 def test_half_precision_with_loss_scaling_is_refused():

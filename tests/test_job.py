@@ -113,8 +113,8 @@ def test_a_loss_that_is_not_a_number(toy_recipe, run_in_process, monkeypatch):
     step = pretrain_module.train_step
 
     def diverging(job, number):
-        row, stop = step(job, number)
-        return (row | {"loss": float("nan")} if number == 6 else row), stop
+        row = step(job, number)
+        return row | {"loss": float("nan")} if number == 6 else row
 
     monkeypatch.setattr(pretrain_module, "train_step", diverging)
     with pytest.raises(
@@ -134,7 +134,11 @@ def test_a_really_diverging_run_stops(toy_recipe, run_in_process):
 
 def test_a_disk_without_room_for_one_checkpoint(toy_recipe, run_in_process, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
-    refuses(run_in_process, toy_recipe(), r"5,000 bytes are free, a checkpoint and the model need \d+")
+    refuses(
+        run_in_process,
+        toy_recipe(),
+        r"5,000 bytes are free, 3 checkpoints of 345,984 \(0 are there\) and the model need 1,153,280",
+    )
     with pytest.raises(UserError, match="bytes are free"):
         run_in_process(toy_recipe(), dry_run=True)
 
@@ -144,7 +148,7 @@ def test_a_disk_that_fills_up_while_training(write_recipe):
     code = (
         "import resource, sys\nimport isoflop.pretrain as p\nfrom isoflop.recipe_file import load_recipe\n"
         "from isoflop.errors import run_command\nsave = p.save_checkpoint\n"
-        "def limited(job, row):\n    save(job, row)\n    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "def limited(*what):\n    save(*what)\n    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "p.save_checkpoint = limited\nrun_command(lambda: p.pretrain(load_recipe(sys.argv[1])))\n"
     )
     file = write_recipe(output__checkpoint_every=5, evaluation__validate_every=100)
@@ -171,3 +175,26 @@ def test_the_command_says_what_is_wrong_in_one_line(write_recipe):
 def test_flags_may_stand_anywhere(write_recipe):
     done = run_command("python", "scripts/pretrain.py", "--dry-run", write_recipe(), "training.max_steps=3")
     assert "would train 3 steps" in done.stdout
+    for flags in (["--resume"], ["--resume-from", "5"]):
+        done = run_command("python", "scripts/pretrain.py", *flags, write_recipe(), "training.max_steps=3", check=False)
+        assert done.returncode == 2
+        assert {1: "has no whole checkpoint", 2: "--resume-from 5: "}[len(flags)] in done.stderr
+
+
+def test_checkpoints_that_are_all_broken_are_not_a_fresh_start(toy_recipe, run_in_process):
+    recipe = toy_recipe()
+    assert run_in_process(recipe) == 0
+    folder = Path(recipe.output.run_dir)
+    (folder / "summary.json").unlink()
+    for path in (folder / "checkpoints").iterdir():
+        (path / ".metadata").unlink()
+    with pytest.raises(
+        UserError, match=r"no whole checkpoint \(step-5, step-10 are broken\); put one back, or delete the run's folder"
+    ):
+        run_in_process(recipe)
+    assert len(metrics_of(recipe)) == 10
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(write_recipe):
+    done = run_command("python", "scripts/pretrain.py", "--dry-run", write_recipe(), "schedule.warmup_steps=10")
+    assert "note: schedule.warmup_steps = 10 covers the whole run: the rate never falls" in done.stdout

@@ -16,13 +16,15 @@ LAYERS = {
     "isoflop.recipe": 1, "isoflop.recipe_file": 1, "isoflop.cost": 1,
     "isoflop.data": 3, "isoflop.optim": 3, "isoflop.checkpoint": 3, "isoflop.metrics": 3, "isoflop.distributed": 3,
     "isoflop.run_folder": 3, "isoflop.validation": 3,
-    "isoflop.job": 4, "isoflop.prepare": 4, "isoflop.pretrain": 4,
+    "isoflop.job": 4, "isoflop.outcome": 4, "isoflop.prepare": 4, "isoflop.pretrain": 4,
 }  # fmt: skip
 SAME_LAYER = {
     ("isoflop.recipe_file", "isoflop.recipe"),  # the reader of what the other describes
     ("isoflop.cost", "isoflop.recipe"),  # shapes come from its model section
     ("isoflop.validation", "isoflop.data"),  # reads windows
-    ("isoflop.pretrain", "isoflop.job"),  # the job's first half
+    ("isoflop.pretrain", "isoflop.job"),  # the first part of a run
+    ("isoflop.pretrain", "isoflop.outcome"),  # and the last
+    ("isoflop.outcome", "isoflop.job"),
 }
 
 

@@ -90,7 +90,21 @@ def test_a_tokenizer_folder_that_changed_is_named(toy_recipe, tmp_path):
     prepare(recipe)
     prepare(recipe)
     train_tokenizer([["other words with other letters"] * 9], 270).save_pretrained(folder)
-    with pytest.raises(UserError, match=r"tokenizer.json: not the one the windows were made with"):
+    with pytest.raises(UserError, match=r"tokenizer.json: '\w+' -> '\w+'"):
+        prepare(recipe)
+
+
+def test_a_tokenizer_that_now_adds_a_bos_is_another_one(toy_recipe, tmp_path):
+    from tokenizers import processors
+
+    tokenizer = train_tokenizer([["some text, and some more text"] * 9], 270)
+    tokenizer.save_pretrained(tmp_path / "t")
+    recipe = toy_recipe(data__prepared_dir=str(tmp_path / "p"), tokenizer={"name": str(tmp_path / "t")})
+    prepare(recipe)
+    start = ("<|endoftext|>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{start[0]} $A", special_tokens=[start])
+    tokenizer.save_pretrained(tmp_path / "t")
+    with pytest.raises(UserError, match=r"tokenizer.json: '\w+' -> '\w+'"):
         prepare(recipe)
 
 
@@ -143,6 +157,51 @@ def test_the_text_of_a_special_token_is_plain_text(toy_recipe, tmp_path):
         manifest.splits["train"].documents,
         manifest.splits["train"].documents - 1,  # the last end of text may lie in the dropped part
     )
+
+
+def test_an_empty_folder_is_filled_and_another_is_not_touched(fresh):
+    folder = Path(fresh.data.prepared_dir)
+    folder.mkdir()
+    prepare(fresh)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"exists and is not a prepared folder \(no manifest.json\); name another, or empty it"):
+        prepare(fresh)
+
+
+def test_what_came_from_the_hub_stays_at_its_commits_without_a_network(toy_recipe, tmp_path, monkeypatch, corpus):
+    """The real loading code; only the two calls that need the Hub itself are answered here."""
+    import datasets
+    import huggingface_hub
+
+    from isoflop.data import sources, tokenizers
+
+    train_tokenizer([["some text, and some more text"] * 9], 270).save_pretrained(tmp_path / "tokenizer")
+    rows = datasets.Dataset.from_dict({"text": [file.read_text() for file in corpus.iterdir()]})
+    asked, load_auto = [], tokenizers.AutoTokenizer.from_pretrained
+
+    class Hub:
+        def repo_info(self, name, revision, repo_type):
+            asked.append((name, revision, repo_type))
+            return type("Info", (), {"sha": "c0ffee" + repo_type})
+
+    def load_dataset(name, config, revision, streaming):
+        assert (name, config, revision, streaming) == ("someone/words", None, "c0ffeedataset", False)
+        return datasets.DatasetDict(train=rows)
+
+    def load_tokenizer(name, revision):
+        assert (name, revision) == ("someone/bpe", "c0ffeemodel")
+        return load_auto(tmp_path / "tokenizer")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(tokenizers.AutoTokenizer, "from_pretrained", load_tokenizer)
+    source = {"kind": "hub", "name": "someone/words", "revision": "v1"}
+    changes = {"data__prepared_dir": str(tmp_path / "p"), "data__source": source, "tokenizer": {"name": "someone/bpe"}}
+    manifest = prepare(toy_recipe(**changes))
+    assert (manifest.dataset_revision, manifest.tokenizer.revision) == ("c0ffeedataset", "c0ffeemodel")
+    assert sorted(asked) == [("someone/bpe", None, "model"), ("someone/words", "v1", "dataset")]
+    monkeypatch.undo()
+    assert prepare(toy_recipe(**changes)) == manifest
 
 
 def test_an_interrupted_prepare_leaves_nothing_that_claims_to_be_whole(fresh, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, curve_of, launch, metrics_of, metrics_of_folder, run_command, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -86,7 +87,7 @@ def test_the_saved_model_is_the_trained_one(family, undisturbed, run_in_process)
     accelerator = pretrain_module.build_accelerator(recipe.output)
     manifest = pretrain_module.check_data(recipe, True)
     job = pretrain_module.build_job(recipe, manifest, accelerator, pretrain_module.StopRequest())
-    pretrain_module.load_checkpoint(job, "newest")
+    pretrain_module.load_checkpoint(job, "newest", eval_only=True)
     ids = torch.from_numpy(job.validation_windows.take(job.validation_order()))
     with torch.no_grad():
         trained = job.causal_lm(input_ids=ids, use_cache=False).logits
@@ -159,7 +160,9 @@ def test_every_recipe_starts_at_the_logarithm_of_its_vocabulary(name, config, to
         for section in ("training", "tokenizer", "data")
         for key, value in toy[section].items()
     ]
-    done = launch(config, f"recipes/{name}.yaml", *overrides, f"output.run_dir={tmp_path}/run", "--dry-run")
+    done = launch(
+        config, f"recipes/{name}.yaml", *overrides, f"output.run_dir={tmp_path}/run", "evaluation.sample_tokens=4", "--dry-run"
+    )
     first = float(re.search(r"one step: loss ([\d.]+)", done.stdout)[1])
     assert first == pytest.approx(math.log(model.vocab_size), rel=0.02)
     assert not (tmp_path / "run").exists()
@@ -219,7 +222,14 @@ def interrupt_at(monkeypatch, phase, step, number=signal.SIGTERM):
 
         return wrapped
 
-    if phase == "step":
+    if phase == "accumulation":
+        calls = []
+        backward = Accelerator.backward
+        # two micro-batches a step: this is the end of the first one
+        monkeypatch.setattr(
+            Accelerator, "backward", signalling(backward, lambda *_: calls.append(1) or len(calls) == 2 * step - 1)
+        )
+    elif phase == "step":
         monkeypatch.setattr(pretrain_module, "train_step", signalling(pretrain_module.train_step, lambda job, s: s + 1 == step))
     elif phase == "saving":
         monkeypatch.setattr(checkpoint, "_seal", signalling(checkpoint._seal, lambda aside, state: state["step"] == step))
@@ -236,7 +246,8 @@ def interrupt_at(monkeypatch, phase, step, number=signal.SIGTERM):
 @pytest.mark.parametrize(
     ("phase", "step", "number", "saved"),
     [
-        ("step", 1, signal.SIGTERM, 1), ("step", 7, signal.SIGINT, 7), ("step", 5, signal.SIGTERM, 5),
+        ("step", 1, signal.SIGTERM, None), ("step", 7, signal.SIGINT, 6), ("accumulation", 8, signal.SIGTERM, 7),
+        ("accumulation", 6, signal.SIGINT, 5),
         ("saving", 5, signal.SIGTERM, 5), ("saving", 10, signal.SIGTERM, 10), ("evaluation", 5, signal.SIGTERM, 5),
         ("evaluation", 10, signal.SIGINT, 10),
     ],
@@ -247,9 +258,10 @@ def test_a_signal_at_any_phase_saves_and_the_same_command_goes_on(
     recipe = toy_recipe()
     interrupt_at(monkeypatch, phase, step, number)
     assert run_in_process(recipe) == EXIT_RESUME
-    assert f"{number.name}: saved; the same command goes on from here" in capsys.readouterr().out
     newest = checkpoint.newest_whole(Path(recipe.output.run_dir) / "checkpoints")
-    assert checkpoint.step_of(newest) == saved
+    assert (newest and checkpoint.step_of(newest)) == saved
+    said = f"saved; the same command goes on from step-{saved}" if saved else "no step was finished; the same command starts over"
+    assert f"{number.name}: {said}" in capsys.readouterr().out
     monkeypatch.undo()
     assert run_in_process(recipe) == 0
     assert curve_of(recipe) == curve_of(undisturbed["llama"])
@@ -285,7 +297,7 @@ def test_the_real_command_under_a_real_signal(number, write_recipe):
     assert process.returncode == EXIT_RESUME
     assert f"{number.name}: saved" in output
     last = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
-    assert checkpoint.step_of(last) == metrics_of_folder(folder)[-1]["step"] + 1 >= 20  # the last step's row is in the checkpoint
+    assert checkpoint.step_of(last) == metrics_of_folder(folder)[-1]["step"] >= 20
     assert checkpoint.find_faults(last) == []
 
 
@@ -300,22 +312,49 @@ def test_a_launcher_that_is_told_to_stop_takes_its_run_with_it_saved(config, wri
     output, _ = process.communicate(timeout=60)  # until the last process has closed the pipe
     assert ": saved; the same command goes on" in output
     last = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
-    assert checkpoint.step_of(last) == metrics_of_folder(folder)[-1]["step"] + 1
+    assert checkpoint.step_of(last) == metrics_of_folder(folder)[-1]["step"]
     assert checkpoint.find_faults(last) == []
     assert not list((folder / "checkpoints").glob(".*"))
 
 
 def test_a_chosen_checkpoint_and_one_that_is_not_there(undisturbed, toy_recipe, run_in_process, capsys):
     recipe = toy_recipe(output__keep_last=9)
-    with pytest.raises(UserError, match="has no whole checkpoint; start the run without --resume"):
+    with pytest.raises(UserError, match="has no whole checkpoint; to start from step 0 leave out --resume"):
         run_in_process(recipe, resume="newest")
     assert run_in_process(recipe) == 0
     (Path(recipe.output.run_dir) / "summary.json").unlink()
-    with pytest.raises(UserError, match=r"--resume 7: .*step-7 is not whole .*there are: step-5, step-10"):
+    with pytest.raises(UserError, match=r"--resume-from 7: .*step-7 is not whole .*there are: step-5, step-10"):
         run_in_process(recipe, resume="7")
     capsys.readouterr()
     assert run_in_process(recipe, resume="5") == 0
     assert "resuming from" in capsys.readouterr().out
+    assert curve_of(recipe) == curve_of(undisturbed["llama"])
+
+
+def test_going_back_and_being_stopped_again_loses_no_row(undisturbed, toy_recipe, run_in_process, monkeypatch):
+    recipe = toy_recipe(output__keep_last=1, output__keep_every=5)
+    assert run_in_process(recipe) == 0
+    folder = Path(recipe.output.run_dir)
+    (folder / "summary.json").unlink()
+    interrupt_at(monkeypatch, "step", 8)
+    assert run_in_process(recipe, resume="5") == EXIT_RESUME
+    monkeypatch.undo()
+    assert [path.name for path in checkpoint.list_checkpoints(folder / "checkpoints")] == ["step-5", "step-7"]
+    assert run_in_process(recipe) == 0
+    assert curve_of(recipe) == curve_of(undisturbed["llama"])
+
+
+def test_a_broken_newest_is_gone_after_falling_back(undisturbed, toy_recipe, run_in_process, monkeypatch):
+    recipe = toy_recipe(output__keep_last=1, output__keep_every=5)
+    assert run_in_process(recipe) == 0
+    folder = Path(recipe.output.run_dir)
+    (folder / "summary.json").unlink()
+    (folder / "checkpoints/step-10/.metadata").unlink()
+    interrupt_at(monkeypatch, "step", 8)
+    assert run_in_process(recipe) == EXIT_RESUME
+    monkeypatch.undo()
+    assert checkpoint.newest_whole(folder / "checkpoints").name == "step-7"
+    assert run_in_process(recipe) == 0
     assert curve_of(recipe) == curve_of(undisturbed["llama"])
 
 
@@ -395,6 +434,62 @@ def test_a_run_of_two_processes_goes_on_with_one(undisturbed, write_recipe, run_
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
+RANK_1_IS_TOLD_TO_STOP = """
+import os, signal, sys
+import isoflop.pretrain as pretrain, isoflop.validation as validation
+from isoflop.recipe_file import load_recipe
+def told(module, name, call):
+    function, calls = getattr(module, name), []
+    def wrapped(*arguments, **named):
+        calls.append(1)
+        if len(calls) == call and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **named)
+    setattr(module, name, wrapped)
+phase = sys.argv[2]
+if phase == "step":
+    told(pretrain, "train_step", 8)
+elif phase == "evaluation":
+    told(validation, "share_of_process", 1)
+elif phase == "saving":
+    told(pretrain.checkpoint, "save", 1)
+pretrain.pretrain(load_recipe(sys.argv[1]))
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("phase", "saved"), [("step", 7), ("evaluation", 5), ("saving", 5)])
+def test_one_rank_of_two_that_is_told_to_stop_stops_both_saved(phase, saved, undisturbed, write_recipe, tmp_path):
+    script, file = tmp_path / "script.py", write_recipe()
+    script.write_text(RANK_1_IS_TOLD_TO_STOP)
+    config = ["--config_file", "accelerate_configs/2cpu_ddp.yaml", "--main_process_port", "0"]
+    done = run_command("accelerate", "launch", *config, script, file, phase)
+    assert f"a signal to another rank: saved; the same command goes on from step-{saved}" in done.stdout
+    run_command("accelerate", "launch", *config, script, file, "nothing")
+    recipe = load_recipe(file)
+    for row, other in zip(metrics_of(recipe), metrics_of(undisturbed["llama"]), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+@pytest.mark.distributed
+def test_three_processes_resume_bit_for_bit(write_recipe):
+    """Sums of three depend on how DDP lays out its buckets: a resumed run must find them as they were."""
+    sizes = {"training__tokens_per_step": 384}
+    whole, parted = write_recipe("whole", **sizes), write_recipe("parted", **sizes)
+    for file in (whole, parted):
+        launch_three(file)
+    recipe = load_recipe(parted)
+    (Path(recipe.output.run_dir) / "summary.json").unlink()
+    launch_three(parted, "--resume-from", "5")
+    assert curve_of(recipe) == curve_of(load_recipe(whole))
+    assert weights_of(recipe) == weights_of(load_recipe(whole))
+
+
+def launch_three(*arguments):
+    config = ["--config_file", "accelerate_configs/2cpu_ddp.yaml", "--num_processes", "3", "--main_process_port", "0"]
+    return run_command("accelerate", "launch", *config, "scripts/pretrain.py", *arguments)
+
+
 def test_measuring_and_sampling_leave_training_untouched(toy_recipe, run_in_process, undisturbed, monkeypatch):
     overrides = {"evaluation__validate_every": 1, "evaluation__sample_every": 2, "output__layer_norms": True}
     recipe = toy_recipe(**overrides, output__trackers=["tensorboard"])
@@ -469,5 +564,7 @@ def test_the_finished_model_is_pushed_and_a_failed_push_costs_nothing(
         assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(calls[1][1])
         assert "pushed to someone/toy" in output
     else:
-        assert "not pushed (ConnectionError: network is down); the model is in" in output
+        assert (
+            "not pushed (ConnectionError: network is down); the run is whole, push it later with: hf upload someone/toy" in output
+        )
     assert (Path(recipe.output.run_dir) / "summary.json").exists()

@@ -69,6 +69,7 @@ BAD = {
     "negative": ({"optimizer": {"peak_learning_rate": -1.0}}, r"peak_learning_rate = -1.0: Input should be greater than 0"),
     "two durations": ({"training": {"max_tokens": 1}}, r"give exactly one of max_steps, max_tokens, tokens_per_parameter"),
     "no tokenizer": ({"tokenizer": {"train_vocab_size": None}}, r"give exactly one of name, train_vocab_size \(given: none\)"),
+    "a revision of nothing": ({"tokenizer": {"revision": "v1"}}, r"revision is of a tokenizer on the Hub.*leave it out"),
     "does not divide": ({"training": {"tokens_per_step": 250}}, r"tokens_per_step = 250 is not a multiple of 128.*128 and 256"),
     "heads": (
         {"model": {"num_attention_heads": 5}},

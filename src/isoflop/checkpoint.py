@@ -36,10 +36,11 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     """Write `folder/step-N` and return it. Collective. Raises `UserError` when the disk is full; what was there stays."""
     final, aside = folder / f"step-{step}", folder / f".step-{step}.partial"
     weights, moments = get_state_dict(model, optimizer)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         if _is_main():
             _remove_partials(folder)
-            aside.mkdir(parents=True)
+            aside.mkdir()
         _barrier()
         with _one_process_is_fine():
             save_sharded({"model": weights, "optimizer": moments}, checkpoint_id=aside)
@@ -81,7 +82,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"), key=step_of)
+    named = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]  # not a copy by hand
+    return sorted(named, key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -117,6 +119,13 @@ def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
     """Delete all but the newest `keep_last` and the multiples of `keep_every`."""
     for path in list_checkpoints(folder)[:-keep_last]:
         if keep_every is None or step_of(path) % keep_every:
+            shutil.rmtree(path)
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Delete checkpoints of later steps: after going back to `step` they are of a past that retention must not count."""
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
             shutil.rmtree(path)
 
 

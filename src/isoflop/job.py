@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedModel
 
 from isoflop import cost
+from isoflop.checkpoint import list_checkpoints
 from isoflop.data.manifest import Manifest, differences, made_from, read_manifest, verify_shards
 from isoflop.data.order import permute, share_of_process, windows_of_step
 from isoflop.data.tokenizers import tokenizer_hash
@@ -148,7 +149,7 @@ def describe(job: Job) -> list[str]:
     moments = cost.optimizer_bytes_per_parameter(recipe.optimizer)
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     checkpoint_bytes = cost.checkpoint_bytes(recipe.model, recipe.optimizer)
-    return [
+    lines = [
         f"model: {recipe.model.model_type}, {parameters:,} parameters, {flops:,} FLOPs a token in training",
         f"tokens: {job.num_steps:,} steps x {training.tokens_per_step:,} = {tokens:,} (D/N {tokens / parameters:.2f},"
         f" {tokens / (windows * training.sequence_length):.2f} epochs of {windows:,} windows of {training.sequence_length})",
@@ -161,14 +162,20 @@ def describe(job: Job) -> list[str]:
         f"disk: a checkpoint takes about {checkpoint_bytes:,} bytes, {recipe.output.keep_last} are kept"
         f" and one more is being written; {job.folder.free_bytes():,} bytes are free at {job.folder.path}",
     ]
+    if recipe.schedule.warmup_steps >= job.num_steps:
+        lines.append(f"note: schedule.warmup_steps = {recipe.schedule.warmup_steps} covers the whole run: the rate never falls")
+    return lines
 
 
 def require_disk(job: Job) -> None:
-    """Refuse to start a run that could not save one checkpoint and its model."""
-    needed = cost.checkpoint_bytes(job.recipe.model, job.recipe.optimizer) + 4 * cost.parameters(job.recipe.model)
-    free = job.folder.free_bytes()
-    if free < needed:
+    """Refuse to start a run whose checkpoints and model would not find room."""
+    output, there = job.recipe.output, len(list_checkpoints(job.folder.checkpoints))
+    kept = min(output.keep_last, -(-job.num_steps // output.checkpoint_every)) + 1
+    kept += job.num_steps // output.keep_every if output.keep_every else 0
+    checkpoint_bytes = cost.checkpoint_bytes(job.recipe.model, job.recipe.optimizer)
+    needed = max(1, kept - there) * checkpoint_bytes + 4 * cost.parameters(job.recipe.model)
+    if (free := job.folder.free_bytes()) < needed:
         raise UserError(
-            f"output.run_dir = {str(job.folder.path)!r}: {free:,} bytes are free, a checkpoint and the model need {needed:,};"
-            " free some space or set another output.run_dir"
+            f"output.run_dir = {str(job.folder.path)!r}: {free:,} bytes are free, {kept} checkpoints of {checkpoint_bytes:,}"
+            f" ({there} are there) and the model need {needed:,}; free some space, lower output.keep_last, or set another run_dir"
         )

@@ -7,6 +7,7 @@ written aside and renamed, so that it is either whole or not there. Running it a
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +15,29 @@ import numpy as np
 from tqdm import tqdm
 
 from isoflop.data.manifest import FILE_NAME, Manifest, Split, TokenizerFacts, differences, made_from, read_manifest
-from isoflop.data.sources import Documents, open_source
+from isoflop.data.sources import Documents, hash_files, open_source
 from isoflop.data.tokenizers import load_tokenizer, tokenizer_hash, train_tokenizer
 from isoflop.data.windows import SplitWriter, dtype_for
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe
 
-FORMAT = 1
-
 
 def prepare(recipe: Recipe) -> Manifest:
     """Write the prepared folder, or find it already there and unchanged."""
     folder = Path(recipe.data.prepared_dir)
+    if folder.exists() and any(folder.iterdir()):
+        return _require_unchanged(recipe, folder)
     print(f"prepare: reading {recipe.data.source.kind} source", flush=True)
     documents, origin = open_source(recipe.data)
-    if folder.exists():
-        manifest = read_manifest(str(folder))
-        changes = differences(
-            manifest.made_from | manifest.source_files | {"dataset_revision": manifest.dataset_revision},
-            made_from(recipe) | origin.files | {"dataset_revision": origin.revision},
-        ) + _tokenizer_change(recipe, manifest)
-        if changes:
-            raise UserError(
-                f"data.prepared_dir = {str(folder)!r} was prepared from something else: {'; '.join(changes[:8])}"
-                f"{f' and {len(changes) - 8} more' if len(changes) > 8 else ''}; name another prepared_dir or delete this one"
-            )
-        print(f"prepare: {folder} is already prepared and nothing changed", flush=True)
-        return manifest
-
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    tokenizer = _tokenizer(recipe, documents)
+    tokenizer, tokenizer_revision = _tokenizer(recipe, documents)
     tokenizer.save_pretrained(aside / "tokenizer")
     num_ids = max(tokenizer.get_vocab().values()) + 1
     splits = {name: _write_split(name, recipe, documents, tokenizer, num_ids, aside) for name in ("train", "validation")}
     _require_windows(recipe, splits)
     manifest = Manifest(
-        format=FORMAT,
         made_from=made_from(recipe),
         source_files=origin.files,
         dataset_revision=origin.revision,
@@ -62,11 +48,12 @@ def prepare(recipe: Recipe) -> Manifest:
             num_ids=num_ids,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=tokenizer.bos_token_id,
+            revision=tokenizer_revision,
         ),
         splits=splits,
     )
     (aside / FILE_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    aside.rename(folder)
+    aside.replace(folder)  # also over an empty folder
     for name, split in splits.items():
         print(
             f"prepare: {name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens"
@@ -76,24 +63,35 @@ def prepare(recipe: Recipe) -> Manifest:
     return manifest
 
 
-def _tokenizer(recipe: Recipe, documents: Documents) -> Any:
+def _require_unchanged(recipe: Recipe, folder: Path) -> Manifest:
+    """The manifest of a folder that is there. What came from the Hub stays at the commits it names; the rest is compared."""
+    if not (folder / FILE_NAME).exists():
+        raise UserError(
+            f"data.prepared_dir = {str(folder)!r} exists and is not a prepared folder (no {FILE_NAME}); name another, or empty it"
+        )
+    manifest = read_manifest(str(folder))
+    changes = differences(manifest.made_from, made_from(recipe))
+    if not changes and manifest.dataset_revision is None:
+        changes = differences(manifest.source_files, hash_files(recipe.data))
+    if not changes and recipe.tokenizer.name is not None and manifest.tokenizer.revision is None:
+        with tempfile.TemporaryDirectory() as copy:
+            load_tokenizer(recipe.tokenizer)[0].save_pretrained(copy)
+            changes = differences({"tokenizer.json": manifest.tokenizer.sha256}, {"tokenizer.json": tokenizer_hash(Path(copy))})
+    if changes:
+        more = f" and {len(changes) - 8} more" if len(changes) > 8 else ""
+        raise UserError(
+            f"data.prepared_dir = {str(folder)!r} was prepared from something else: {'; '.join(changes[:8])}{more};"
+            " name another prepared_dir or delete this one"
+        )
+    print(f"prepare: {folder} is already prepared and nothing changed", flush=True)
+    return manifest
+
+
+def _tokenizer(recipe: Recipe, documents: Documents) -> tuple[Any, str | None]:
     if recipe.tokenizer.train_vocab_size is None:
         return load_tokenizer(recipe.tokenizer)
     print(f"prepare: training a byte-level BPE tokenizer of {recipe.tokenizer.train_vocab_size:,} entries", flush=True)
-    return train_tokenizer(documents.batches("train"), recipe.tokenizer.train_vocab_size)
-
-
-def _tokenizer_change(recipe: Recipe, manifest: Manifest) -> list[str]:
-    """A tokenizer folder whose content changed under the same name."""
-    name = recipe.tokenizer.name
-    if name is None or not (Path(name) / "tokenizer.json").is_file():
-        return []
-    aside = Path(recipe.data.prepared_dir) / "tokenizer"
-    same = (
-        load_tokenizer(recipe.tokenizer).get_vocab()
-        == load_tokenizer(recipe.tokenizer.model_copy(update={"name": str(aside)})).get_vocab()
-    )
-    return [] if same else [f"{name}/tokenizer.json: not the one the windows were made with"]
+    return train_tokenizer(documents.batches("train"), recipe.tokenizer.train_vocab_size), None
 
 
 def _write_split(name: str, recipe: Recipe, documents: Documents, tokenizer: Any, num_ids: int, aside: Path) -> Split:

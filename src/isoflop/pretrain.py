@@ -6,17 +6,14 @@ checkpoint, bit for bit; a finished one is left alone.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers.utils.logging import disable_progress_bar
 
 from isoflop import checkpoint, cost
 from isoflop.data.order import derived_seed
@@ -25,10 +22,11 @@ from isoflop.errors import UserError
 from isoflop.job import Job, build_job, check_data, describe, require_disk
 from isoflop.metrics import MetricsLog, Row, draw_curve, layer_norms, peak_memory_bytes
 from isoflop.optim import learning_rate
+from isoflop.outcome import finish, push_to_hub, report, write_samples
 from isoflop.recipe import Recipe, flatten
 from isoflop.recipe_file import to_yaml
 from isoflop.run_folder import RunFolder
-from isoflop.validation import bits_per_byte, sample_texts, validation_loss
+from isoflop.validation import bits_per_byte, validation_loss
 
 NEWEST = "newest"
 
@@ -56,6 +54,8 @@ def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False,
         # gloo's threads while holding the interpreter's lock, which one of them may wait for: seen to hang in torch 2.13.
         accelerator.free_memory()
         accelerator.end_training()
+    if is_main and code == 0 and not (eval_only or dry_run):
+        push_to_hub(recipe, folder)
     return code
 
 
@@ -65,7 +65,7 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool) -> i
         return check_only(job)
     if job.accelerator.is_main_process and not eval_only:
         job.folder.claim()
-    state = load_checkpoint(job, resume or (NEWEST if eval_only else None))
+    state = load_checkpoint(job, resume or (NEWEST if eval_only else None), eval_only)
     if eval_only:
         return evaluate_only(job, state)
     job.accelerator.print("\n".join(describe(job)))
@@ -77,35 +77,44 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool) -> i
     if completed:
         finish(job, log.rows)
         return 0
-    job.accelerator.print(f"{job.stop.signal or 'a signal to another rank'}: saved; the same command goes on from here")
+    kept = checkpoint.list_checkpoints(job.folder.checkpoints)
+    job.accelerator.print(
+        f"{job.stop.signal or 'a signal to another rank'}: "
+        + (
+            f"saved; the same command goes on from {kept[-1].name}"
+            if kept
+            else "no step was finished; the same command starts over"
+        )
+    )
     return EXIT_RESUME
 
 
 def train(job: Job, log: MetricsLog, state: dict[str, Any]) -> bool:
-    """The training loop. False when a signal ended it early, with a checkpoint of the last step."""
+    """The training loop. False when a signal ended it early, with a checkpoint of the last finished step."""
     job.stop.arm()
+    settle_buckets(job)
     stopped_before_its_row = reduce_sums(job.accelerator, [float(log.lacks(state["step"]))])[0]
     if stopped_before_its_row and not measure(job, log, state["row"]):
         return False
     started = time.perf_counter() - state["elapsed_s"]
+    row, saved = state["row"], True
     for step in range(state["step"], job.num_steps):
-        row, stop = train_step(job, step)
-        row["elapsed_s"] = time.perf_counter() - started
-        require_finite(job, row)
-        saved = stop or row["step"] % job.recipe.output.checkpoint_every == 0 or row["step"] == job.num_steps
-        if saved:
-            log.sync()
-            save_checkpoint(job, row)
-        if not stop and measure(job, log, row):
-            continue
-        if not saved:  # the signal came during the evaluation
-            save_checkpoint(job, row)
-        return False
+        trained = train_step(job, step)
+        if trained is not None:
+            row = trained | {"elapsed_s": time.perf_counter() - started}
+            require_finite(job, row)
+            saved = row["step"] % job.recipe.output.checkpoint_every == 0 or row["step"] == job.num_steps
+            if saved:
+                save_checkpoint(job, log, row)
+        if trained is None or not measure(job, log, row):
+            if not saved:
+                save_checkpoint(job, log, row)
+            return False
     return True
 
 
-def train_step(job: Job, step: int) -> tuple[Row, bool]:
-    """One optimizer step (0-based `step`): its row for the metrics, and whether any rank was told to stop.
+def train_step(job: Job, step: int) -> Row | None:
+    """One optimizer step (0-based `step`) and its row for the metrics; None where a signal to any rank came in its middle.
 
     The device is waited for once, at the end.
     """
@@ -118,6 +127,8 @@ def train_step(job: Job, step: int) -> tuple[Row, bool]:
         group["lr"] = rate
     loss_sum, norms = torch.zeros((), device=accelerator.device), {}
     for micro_batch in job.batch(step):
+        if job.stop.agreed():
+            return None
         with accelerator.accumulate(model):
             loss = model(micro_batch)
             accelerator.backward(loss)
@@ -128,9 +139,8 @@ def train_step(job: Job, step: int) -> tuple[Row, bool]:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    total_loss, stopping = reduce_sums(accelerator, [loss_sum, float(job.stop.signal is not None)])
-    step_s = time.perf_counter() - started
-    tokens_per_s, peak = recipe.training.tokens_per_step / step_s, job.peak_flops()
+    (total_loss,) = reduce_sums(accelerator, [loss_sum])
+    tokens_per_s, peak = recipe.training.tokens_per_step / (time.perf_counter() - started), job.peak_flops()
     row = {
         "step": step + 1,
         "tokens": (step + 1) * recipe.training.tokens_per_step,
@@ -142,7 +152,18 @@ def train_step(job: Job, step: int) -> tuple[Row, bool]:
         "mfu": peak and tokens_per_s * cost.flops_per_token(recipe.model, recipe.training.sequence_length) / peak,
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
     }
-    return row | norms, stopping > 0
+    return row | norms
+
+
+def settle_buckets(job: Job) -> None:
+    """Let DDP arrange its gradient buckets in a backward pass that counts for nothing.
+
+    It does so after the first one; the sums of three ranks or more depend on the arrangement in their last bits, so a resumed run
+    would differ from an undisturbed one.
+    """
+    if job.accelerator.num_processes > 1:
+        job.accelerator.backward(job.model(job.batch(step=0)[0]))
+        job.optimizer.zero_grad()
 
 
 def measure(job: Job, log: MetricsLog, row: Row) -> bool:
@@ -170,21 +191,8 @@ def validate(job: Job) -> float | None:
         job.validation_windows,
         job.validation_order(),
         job.recipe.training.micro_batch_size,
-        interrupted=lambda: job.stop.agreed(job.accelerator),
+        interrupted=job.stop.agreed,
     )
-
-
-def write_samples(job: Job, step: int, log: MetricsLog | None = None) -> list[str]:
-    """Sample text on the main process, into `samples.jsonl` and onto the screen."""
-    if not job.accelerator.is_main_process:
-        return []
-    evaluation = job.recipe.evaluation
-    texts = sample_texts(job.causal_lm, job.tokenizer, evaluation.sample_prompts, evaluation.sample_tokens)
-    with job.folder.samples.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"step": step, "samples": texts}) + "\n")
-    if log:
-        log.say("\n".join(f"step {step}: sample: {text!r}" for text in texts))
-    return texts
 
 
 def require_finite(job: Job, row: Row) -> None:
@@ -199,16 +207,17 @@ def require_finite(job: Job, row: Row) -> None:
     )
 
 
-def save_checkpoint(job: Job, row: Row) -> None:
+def save_checkpoint(job: Job, log: MetricsLog, row: Row) -> None:
     """Save the state after a step, with the row that the metrics may not have yet."""
     output = job.recipe.output
+    log.sync()
     state = {"step": row["step"], "elapsed_s": row["elapsed_s"], "row": row, "data": job.manifest.fingerprint()}
     checkpoint.save(job.folder.checkpoints, row["step"], job.model, inner_optimizer(job), state)
     if job.accelerator.is_main_process:
         checkpoint.prune(job.folder.checkpoints, output.keep_last, output.keep_every)
 
 
-def load_checkpoint(job: Job, resume: str | None) -> dict[str, Any]:
+def load_checkpoint(job: Job, resume: str | None, eval_only: bool) -> dict[str, Any]:
     """Load what `resume` names, and return its trainer state; a fresh one where there is nothing to resume."""
     chosen: list[Path | None] = [None]
     if job.accelerator.is_main_process:
@@ -216,27 +225,38 @@ def load_checkpoint(job: Job, resume: str | None) -> dict[str, Any]:
     path = broadcast_object_list(chosen)[0]
     if path is None:
         return {"step": 0, "elapsed_s": 0.0, "row": None}
-    job.accelerator.print(f"resuming from {path}")
-    state = checkpoint.load(path, job.model, inner_optimizer(job))
+    job.accelerator.print(f"{'measuring' if eval_only else 'resuming from'} {path}")
+    state = checkpoint.load(path, job.model, None if eval_only else inner_optimizer(job))
     if state["data"] != job.manifest.fingerprint():
         raise UserError(
             f"data.prepared_dir = {job.recipe.data.prepared_dir!r} holds other windows than {path} was trained on, made"
             " from the same recipe but other files; put the earlier ones back, or start over in another output.run_dir"
         )
+    if job.accelerator.is_main_process and not eval_only:
+        checkpoint.discard_after(job.folder.checkpoints, state["step"])  # broken, or to be trained again
     return state
 
 
 def choose_checkpoint(checkpoints: Path, resume: str | None) -> Path | None:
     """The checkpoint that `resume` asks for. Raises `UserError` where it is not there or not whole."""
+    listed = checkpoint.list_checkpoints(checkpoints)
     if resume is None or resume == NEWEST:
         newest = checkpoint.newest_whole(checkpoints)
-        if newest is None and resume == NEWEST:
-            raise UserError(f"{checkpoints} has no whole checkpoint; start the run without --resume and --eval-only")
+        if newest is None and (listed or resume == NEWEST):
+            raise UserError(
+                f"{checkpoints} has no whole checkpoint"
+                + (
+                    f" ({', '.join(path.name for path in listed)} are broken); put one back, or delete the run's folder"
+                    if listed
+                    else ""
+                )
+                + "; to start from step 0 leave out --resume and --eval-only"
+            )
         return newest
     path = checkpoints / f"step-{resume.removeprefix('step-')}"
     if faults := checkpoint.find_faults(path):
-        there = ", ".join(known.name for known in checkpoint.list_checkpoints(checkpoints)) or "none"
-        raise UserError(f"--resume {resume}: {path} is not whole ({'; '.join(faults)}); there are: {there}")
+        there = ", ".join(known.name for known in listed) or "none"
+        raise UserError(f"--resume-from {resume}: {path} is not whole ({'; '.join(faults)}); there are: {there}")
     return path
 
 
@@ -266,79 +286,6 @@ def start(job: Job, state: dict[str, Any]) -> MetricsLog:
     return MetricsLog(job.folder.metrics, accelerator, state["step"], job.num_steps)
 
 
-def finish(job: Job, rows: list[Row]) -> None:
-    """Export the model, sample from it, and write the summary."""
-    if job.accelerator.is_main_process:
-        job.folder.export(lambda folder: export_model(job, folder))
-        samples = write_samples(job, job.num_steps)
-        summary = summarize(job, rows) | {"samples": samples}
-        job.folder.finish(summary)
-        report(job.folder, summary)
-        push_to_hub(job)
-    job.accelerator.wait_for_everyone()  # a rank that leaves early is taken for a failure
-
-
-def export_model(job: Job, folder: Path) -> None:
-    """Config, safetensors, generation config and tokenizer: what `from_pretrained` and `pipeline` open."""
-    job.causal_lm.generation_config.pad_token_id = job.manifest.tokenizer.eos_token_id
-    disable_progress_bar()
-    job.causal_lm.save_pretrained(folder)
-    job.tokenizer.model_max_length = job.recipe.model.max_positions
-    job.tokenizer.save_pretrained(folder)
-
-
-def summarize(job: Job, rows: list[Row]) -> dict[str, Any]:
-    """The numbers of a finished run."""
-    last, split = rows[-1], job.manifest.splits["validation"]
-    tokens_per_s = statistics.median(row["tokens_per_s"] for row in rows)
-    peak = job.peak_flops()
-    flops_per_token = cost.flops_per_token(job.recipe.model, job.recipe.training.sequence_length)
-    return {
-        "steps": last["step"],
-        "tokens": last["tokens"],
-        "parameters": cost.parameters(job.recipe.model),
-        "flops": last["tokens"] * flops_per_token,
-        "loss": last["loss"],
-        "val_loss": last["val_loss"],
-        "bits_per_byte": bits_per_byte(last["val_loss"], split),
-        "unigram_entropy_nats": split.unigram_entropy_nats,
-        "tokens_per_s": tokens_per_s,
-        "mfu": peak and tokens_per_s * flops_per_token / peak,
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
-        "elapsed_s": last["elapsed_s"],
-    }
-
-
-def report(folder: RunFolder, summary: dict[str, Any]) -> None:
-    """Print a finished run's numbers and where its files are."""
-    s = summary
-    mfu = f"{s['mfu']:.1%}" if s["mfu"] else "n/a"
-    print(
-        f"validation loss {s['val_loss']:.4f} nats per token ({s['bits_per_byte']:.4f} bits per byte);"
-        f" token frequencies alone: {s['unigram_entropy_nats']:.4f}\n"
-        f"{s['tokens']:,} tokens in {s['steps']:,} steps, {s['elapsed_s']:,.0f} s; median {s['tokens_per_s']:,.0f} tokens/s,"
-        f" MFU {mfu}; peak memory {s['peak_memory_bytes']:,} bytes"
-    )
-    for text in s["samples"]:
-        print(f"sample: {text}")
-    print(f"loss curve: {folder.curve}\nmodel: {folder.model}", flush=True)
-
-
-def push_to_hub(job: Job) -> None:
-    """Push `model/` where the recipe names a repository; a failure leaves the run as it is, and says so."""
-    hub = job.recipe.hub
-    if hub.repo_id is None:
-        return
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().create_repo(hub.repo_id, private=hub.private, exist_ok=True)
-        HfApi().upload_folder(repo_id=hub.repo_id, folder_path=job.folder.model)
-        print(f"pushed to {hub.repo_id}")
-    except Exception as error:  # the client's many errors: none may cost a finished run
-        print(f"hub.repo_id = {hub.repo_id!r}: not pushed ({type(error).__name__}: {error}); the model is in {job.folder.model}")
-
-
 def evaluate_only(job: Job, state: dict[str, Any]) -> int:
     """Print the validation loss of a checkpoint."""
     loss = validate(job)
@@ -359,7 +306,9 @@ def check_only(job: Job) -> int:
     there = checkpoint.list_checkpoints(job.folder.checkpoints)
     onwards = f", going on from {there[-1].name}" if there else ""
     started = time.perf_counter()
-    row, _ = train_step(job, step=0)
+    row = train_step(job, step=0)
+    if row is None:
+        return EXIT_RESUME
     require_finite(job, row)
     step_s = time.perf_counter() - started
     job.accelerator.print(

@@ -124,6 +124,8 @@ class Tokenizer(Section):
     @checked_by(mode="after")
     def _one_origin(self) -> Self:
         _require_one_of(self, "name", "train_vocab_size")
+        if self.revision is not None and self.name is None:
+            raise ValueError("revision is of a tokenizer on the Hub, and this one is trained here; leave it out")
         return self
 
 

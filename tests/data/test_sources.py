@@ -69,6 +69,22 @@ def test_a_dataset_with_or_without_its_own_held_out_split(own, streaming, tmp_pa
         assert (train, validation) == (ROWS[:40], ROWS[40:])
 
 
+@pytest.mark.parametrize("only", ["test", "validation"])
+def test_a_dataset_with_a_held_out_split_alone_is_never_its_own_validation(only, tmp_path):
+    datasets.Dataset.from_dict({"text": ROWS, "score": [0] * 50}).to_parquet(tmp_path / "set" / f"{only}-00000-of-00001.parquet")
+    documents, origin = open_source(data(0.3, kind="hub", name=str(tmp_path / "set")))
+    train, validation = all_texts(documents, "train"), all_texts(documents, "validation")
+    assert sorted(train + validation) == sorted(ROWS)
+    assert validation
+    assert [name.rsplit("/", 1)[-1] for name in origin.files] == [f"{only}-00000-of-00001.parquet"]
+
+
+def test_a_file_that_two_patterns_match_is_read_once(files):
+    documents, _ = open_source(data(kind="text", files=[str(files / "doc0*.txt"), str(files / "doc*1.txt")]))
+    texts = all_texts(documents, "train") + all_texts(documents, "validation")
+    assert len(texts) == len(set(texts)) == 14
+
+
 def test_the_standard_library_without_its_tests():
     documents, origin = open_source(data(kind="python_stdlib"))
     assert "json/decoder.py" in origin.files
@@ -82,6 +98,7 @@ def test_the_standard_library_without_its_tests():
 def test_bad_sources(files, monkeypatch):
     (files / "latin.txt").write_bytes(b"x" * 70 + "é".encode("latin-1") + b"abc")
     (files / "empty.txt").write_text("")
+    (files / "cut.jsonl").write_text('{"text": "a"}\n{"text": "b')
     (files / "null.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     monkeypatch.chdir(files)
     cases = [
@@ -91,6 +108,7 @@ def test_bad_sources(files, monkeypatch):
         ({"kind": "json", "files": ["rows.jsonl"], "text_column": "txt"}, "'txt' is not in the data; did you mean text?"),
         ({"kind": "parquet", "files": ["rows.parquet"], "text_column": "body"}, "'body' is not in the data; known here: text"),
         ({"kind": "json", "files": ["null.jsonl"]}, "row 1 of split 'train' has text = None"),
+        ({"kind": "json", "files": ["cut.jsonl"]}, "split 'train' cannot be read: "),
         ({"kind": "hub", "name": "no/such-dataset"}, "'no/such-dataset' at revision 'main' cannot be reached"),
     ]
     for source, message in cases:

@@ -22,7 +22,8 @@ def test_training_is_repeatable_and_has_the_entries_asked_for(tmp_path):
     for name in ("a", "b"):
         train_tokenizer([TEXT], 280).save_pretrained(tmp_path / name)
     assert tokenizer_hash(tmp_path / "a") == tokenizer_hash(tmp_path / "b")
-    loaded = load_tokenizer(Tokenizer(name=str(tmp_path / "a")))
+    loaded, revision = load_tokenizer(Tokenizer(name=str(tmp_path / "a")))
+    assert revision is None
     assert len(loaded) == 280
     assert loaded.eos_token == loaded.bos_token == END_OF_TEXT
 
@@ -38,5 +39,10 @@ def test_tokenizers_that_cannot_serve(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "no_eos")
     with pytest.raises(UserError, match="no end-of-text token"):
         load_tokenizer(Tokenizer(name=str(tmp_path / "no_eos")))
-    with pytest.raises(UserError, match=r"tokenizer.name = .*nowhere' cannot be loaded.*local folder, or a Hub name"):
-        load_tokenizer(Tokenizer(name=str(tmp_path / "nowhere")))
+    with pytest.raises(
+        UserError, match=r"tokenizer.name = 'someone/nowhere' at revision 'v2' cannot be reached.*or give a local folder"
+    ):
+        load_tokenizer(Tokenizer(name="someone/nowhere", revision="v2"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"tokenizer.name = .*empty' cannot be loaded"):
+        load_tokenizer(Tokenizer(name=str(tmp_path / "empty")))

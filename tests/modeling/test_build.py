@@ -2,8 +2,11 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM
 
 from isoflop.modeling.build import RESIDUAL_PROJECTIONS, build_config, build_model, decoder_layers
+from isoflop.recipe_file import load_recipe
 
 LLAMA = {
     "model_type": "llama", "attn_implementation": "sdpa", "rope_theta": 5e5, "vocab_size": 1000, "hidden_size": 256,
@@ -29,6 +32,34 @@ def test_every_parameter_is_set_with_the_deviation_the_recipe_says(fields, depth
             scale = math.sqrt(2 * 8) if depth_scaled and module in RESIDUAL_PROJECTIONS else 1
             assert parameter.std().item() == pytest.approx(0.03 / scale, rel=0.03), name
             assert parameter.mean().item() == pytest.approx(0, abs=0.03 * 0.02), name
+
+
+TOY_WIDTHS = {
+    "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "gpt2": {"n_embd": 64, "n_inner": 128, "n_layer": 3, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+def test_every_recipe_at_toy_width_starts_as_it_says(name, tmp_path):
+    section = load_recipe(ROOT / f"recipes/{name}.yaml").model
+    toy = dict(TOY_WIDTHS[section.model_type])
+    if section.model_type == "llama" and section.num_key_value_heads:
+        toy["num_key_value_heads"] = 2
+    fields = section.model_copy(update=toy).model_dump(exclude={"depth_scaled_init"})
+    model = build_model(build_config(fields, 0, 0), section.depth_scaled_init, seed=0)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            scale = math.sqrt(2 * 3) if parameter_name.split(".")[-2] in RESIDUAL_PROJECTIONS else 1
+            assert parameter.std().item() == pytest.approx(0.02 / scale, rel=0.05), parameter_name
+        else:
+            assert (parameter == (0 if parameter_name.endswith("bias") else 1)).all(), parameter_name
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for before in (model, reloaded):
+        tied = before.get_output_embeddings().weight is before.get_input_embeddings().weight
+        assert tied == section.tie_word_embeddings
+    assert all(torch.equal(p, reloaded.get_parameter(n)) for n, p in model.named_parameters())
 
 
 def test_weights_follow_from_the_seed_alone():

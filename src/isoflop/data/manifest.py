@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -52,12 +52,14 @@ class TokenizerFacts(_Part):
     """1 + the largest id it can give."""
     eos_token_id: int
     bos_token_id: int | None
+    revision: str | None
+    """Commit of a tokenizer from the Hub."""
 
 
 class Manifest(_Part):
     """The whole of a prepared folder."""
 
-    format: int
+    format: Literal[1] = 1
     made_from: dict[str, Any]
     """The recipe's values that decide the windows, by dotted key."""
     source_files: dict[str, str]

@@ -19,6 +19,7 @@ import numpy as np
 from datasets import IterableDataset, load_dataset
 from tqdm import tqdm
 
+from isoflop.data.hub import hub_commit
 from isoflop.data.order import keyed_uniform
 from isoflop.errors import UserError, nearest
 from isoflop.recipe import Data, HubSource, PythonStdlibSource, TextSource
@@ -42,12 +43,16 @@ class Documents:
 
     def __init__(self, splits: dict[str, Any], column: str, data: Data) -> None:
         self._splits, self._column, self._data = splits, column, data
-        self._own_validation = next((name for name in _VALIDATION_NAMES if name in splits), None)
-        self._train = next((name for name in splits if name == "train"), next(iter(splits)))
-        for name in (self._train, self._own_validation):
-            columns = splits[name].column_names if name else None
-            if columns is not None and column not in columns:
+        others = [name for name in splits if name not in _VALIDATION_NAMES]
+        self._train = "train" if "train" in splits else [*others, *splits][0]
+        self._own_validation = next((name for name in _VALIDATION_NAMES if name in splits and name != self._train), None)
+        for name in filter(None, (self._train, self._own_validation)):
+            columns = splits[name].column_names
+            if columns is None:  # a streamed table tells its columns with its first rows
+                continue
+            if column not in columns:
                 raise UserError(f"data.source.text_column = {column!r} is not in the data{nearest(column, columns)}")
+            splits[name] = splits[name].select_columns([column])  # else every other column is decoded as well
 
     def batches(self, split: str) -> Iterator[list[str]]:
         """Batches of documents of `train` or `validation`, in the order of the source."""
@@ -65,8 +70,8 @@ class Documents:
 
     def _texts(self, name: str) -> Iterator[list[str]]:
         row = 0
-        for batch in self._splits[name].iter(batch_size=BATCH_DOCUMENTS):
-            if self._column not in batch:  # a streamed table tells its columns with its first rows
+        for batch in self._read(name):
+            if self._column not in batch:
                 raise UserError(
                     f"data.source.text_column = {self._column!r} is not in the data{nearest(self._column, list(batch))}"
                 )
@@ -79,20 +84,21 @@ class Documents:
             row += len(batch[self._column])
             yield batch[self._column]
 
+    def _read(self, name: str) -> Iterator[dict[str, list[Any]]]:
+        try:
+            yield from self._splits[name].iter(batch_size=BATCH_DOCUMENTS)
+        except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:  # ArrowInvalid is a ValueError
+            reason = error.__cause__ or error
+            raise UserError(f"data.source: split {name!r} cannot be read: {reason}; mend or leave out the file") from error
+
 
 def open_source(data: Data) -> tuple[Documents, Origin]:
     """Open a recipe's source. Raises `UserError` for missing, empty or non-UTF-8 files and unreachable datasets."""
     source = data.source
     if isinstance(source, HubSource):
         return _open_hub(data, source)
-    files = _stdlib_files() if isinstance(source, PythonStdlibSource) else _expand(source.files)
-    root = _stdlib_root() if isinstance(source, PythonStdlibSource) else Path()
-    hashes = {
-        str(file.relative_to(root) if file.is_relative_to(root) else file): _hash_checked(file, text=source.kind != "parquet")
-        for file in tqdm(files, desc="hash sources", unit="file", delay=3)
-    }
-    origin = Origin(hashes, None)
-    names = [str(file) for file in files]
+    origin = Origin(hash_files(data), None)
+    names = [str(file) for file in _local_files(data)]
     if isinstance(source, TextSource | PythonStdlibSource):
         sample_by = source.sample_by if isinstance(source, TextSource) else "document"
         split: IterableDataset = load_dataset("text", data_files=names, sample_by=sample_by, split="train", streaming=True)
@@ -101,26 +107,33 @@ def open_source(data: Data) -> tuple[Documents, Origin]:
     return Documents({"train": split}, source.text_column, data), origin
 
 
+def hash_files(data: Data) -> dict[str, str]:
+    """SHA-256 of every local file of a source, by path (of the standard library: relative to it). Text is proved to be UTF-8."""
+    root = _stdlib_root()
+    is_text = data.source.kind in ("text", "json", "python_stdlib")
+    return {
+        str(file.relative_to(root) if file.is_relative_to(root) else file): _hash_checked(file, is_text)
+        for file in tqdm(_local_files(data), desc="hash sources", unit="file", delay=3)
+    }
+
+
+def _local_files(data: Data) -> list[Path]:
+    source = data.source
+    if isinstance(source, PythonStdlibSource):
+        return _stdlib_files()
+    if isinstance(source, HubSource):
+        return sorted(file for file in Path(source.name).rglob("*") if file.is_file())
+    return _expand(source.files)
+
+
 def _open_hub(data: Data, source: HubSource) -> tuple[Documents, Origin]:
-    revision = None if Path(source.name).is_dir() else _hub_commit(source)
+    is_local = Path(source.name).is_dir()
+    revision = None if is_local else hub_commit("data.source.name", source.name, source.revision, "dataset")
     try:
         splits = load_dataset(source.name, source.config, revision=revision, streaming=source.streaming)
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         raise UserError(f"data.source.name = {source.name!r} (config {source.config!r}) cannot be loaded: {error}") from error
-    return Documents(dict(splits), source.text_column, data), Origin({}, revision)
-
-
-def _hub_commit(source: HubSource) -> str:
-    """The commit that a dataset's branch or tag stands for now: what is read is what the manifest names."""
-    from huggingface_hub import HfApi
-
-    try:
-        return str(HfApi().dataset_info(source.name, revision=source.revision).sha)
-    except Exception as error:  # the client's own errors, its transport's, and a name that is not valid
-        raise UserError(
-            f"data.source.name = {source.name!r} at revision {source.revision or 'main'!r} cannot be reached:"
-            f" {type(error).__name__}: {error}; check the name and the network, and log in (hf auth login) where it is gated"
-        ) from error
+    return Documents(dict(splits), source.text_column, data), Origin(hash_files(data) if is_local else {}, revision)
 
 
 def _stdlib_root() -> Path:
@@ -151,7 +164,7 @@ def _expand(patterns: list[str]) -> list[Path]:
         files += found
     if not any(file.stat().st_size for file in files):
         raise UserError(f"data.source.files = {patterns} is empty: {len(files)} file(s) of 0 bytes; point it at text")
-    return files
+    return list(dict.fromkeys(files))  # a file that two patterns match is one file
 
 
 def _hash_checked(file: Path, text: bool) -> str:

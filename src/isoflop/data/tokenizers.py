@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from isoflop.data.hub import hub_commit
 from isoflop.errors import UserError
 from isoflop.recipe import Tokenizer
 
@@ -37,20 +38,22 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int) -> PreTrainedTo
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
 
 
-def load_tokenizer(wanted: Tokenizer) -> Any:
-    """The fast tokenizer of a Hub name or folder. Raises `UserError` where it has no fast form or no end-of-text token."""
+def load_tokenizer(wanted: Tokenizer) -> tuple[Any, str | None]:
+    """The fast tokenizer of a local folder or a Hub name, and the commit of the latter.
+
+    Raises `UserError` where it cannot be loaded, has no fast form or no end-of-text token.
+    """
+    name = str(wanted.name)
+    commit = None if Path(name).is_dir() else hub_commit("tokenizer.name", name, wanted.revision, "model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(wanted.name, revision=wanted.revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit or "main")
     except Exception as error:  # the Hub client's, the parser's and transformers' own: one remedy for all
-        raise UserError(
-            f"tokenizer.name = {wanted.name!r} cannot be loaded: {error}; give a local folder, or a Hub name you have access to"
-            " (gated ones: accept the terms on their page, then hf auth login)"
-        ) from error
+        raise UserError(f"tokenizer.name = {name!r} cannot be loaded: {error}; it needs a tokenizer.json") from error
     if not tokenizer.is_fast:
-        raise UserError(f"tokenizer.name = {wanted.name!r} has no fast form (tokenizer.json); convert it or choose one that has")
+        raise UserError(f"tokenizer.name = {name!r} has no fast form (tokenizer.json); convert it or choose one that has")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer.name = {wanted.name!r} has no end-of-text token, which joins documents; set its eos_token")
-    return tokenizer
+        raise UserError(f"tokenizer.name = {name!r} has no end-of-text token, which joins documents; set its eos_token")
+    return tokenizer, commit
 
 
 def tokenizer_hash(folder: Path) -> str:

@@ -1,0 +1,105 @@
+"""What a run ends with, and shows on its way: samples of text, the exported model, the summary, the push to the Hub."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from isoflop import cost
+from isoflop.job import Job
+from isoflop.metrics import MetricsLog, Row
+from isoflop.recipe import Recipe
+from isoflop.run_folder import RunFolder
+from isoflop.validation import bits_per_byte, sample_texts
+
+
+def finish(job: Job, rows: list[Row]) -> None:
+    """Export the model, sample from it, and write the summary."""
+    if job.accelerator.is_main_process:
+        job.folder.export(lambda folder: export_model(job, folder))
+        samples = write_samples(job, job.num_steps)
+        summary = summarize(job, rows) | {"samples": samples}
+        job.folder.finish(summary)
+        report(job.folder, summary)
+    job.accelerator.wait_for_everyone()  # a rank that leaves early is taken for a failure
+
+
+def export_model(job: Job, folder: Path) -> None:
+    """Config, safetensors, generation config and tokenizer: what `from_pretrained` and `pipeline` open."""
+    job.causal_lm.generation_config.pad_token_id = job.manifest.tokenizer.eos_token_id
+    disable_progress_bar()
+    job.causal_lm.save_pretrained(folder)
+    job.tokenizer.model_max_length = job.recipe.model.max_positions
+    job.tokenizer.save_pretrained(folder)
+
+
+def write_samples(job: Job, step: int, log: MetricsLog | None = None) -> list[str]:
+    """Sample text on the main process, into `samples.jsonl` and onto the screen."""
+    if not job.accelerator.is_main_process:
+        return []
+    evaluation = job.recipe.evaluation
+    texts = sample_texts(job.causal_lm, job.tokenizer, evaluation.sample_prompts, evaluation.sample_tokens)
+    with job.folder.samples.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"step": step, "samples": texts}) + "\n")
+    if log:
+        log.say("\n".join(f"step {step}: sample: {text!r}" for text in texts))
+    return texts
+
+
+def summarize(job: Job, rows: list[Row]) -> dict[str, Any]:
+    """The numbers of a finished run."""
+    last, split = rows[-1], job.manifest.splits["validation"]
+    tokens_per_s = statistics.median(row["tokens_per_s"] for row in rows)
+    peak = job.peak_flops()
+    flops_per_token = cost.flops_per_token(job.recipe.model, job.recipe.training.sequence_length)
+    return {
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "parameters": cost.parameters(job.recipe.model),
+        "flops": last["tokens"] * flops_per_token,
+        "loss": last["loss"],
+        "val_loss": last["val_loss"],
+        "bits_per_byte": bits_per_byte(last["val_loss"], split),
+        "unigram_entropy_nats": split.unigram_entropy_nats,
+        "tokens_per_s": tokens_per_s,
+        "mfu": peak and tokens_per_s * flops_per_token / peak,
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+        "elapsed_s": last["elapsed_s"],
+    }
+
+
+def report(folder: RunFolder, summary: dict[str, Any]) -> None:
+    """Print a finished run's numbers and where its files are."""
+    s = summary
+    mfu = f"{s['mfu']:.1%}" if s["mfu"] else "n/a"
+    print(
+        f"validation loss {s['val_loss']:.4f} nats per token ({s['bits_per_byte']:.4f} bits per byte);"
+        f" token frequencies alone: {s['unigram_entropy_nats']:.4f}\n"
+        f"{s['tokens']:,} tokens in {s['steps']:,} steps, {s['elapsed_s']:,.0f} s; median {s['tokens_per_s']:,.0f} tokens/s,"
+        f" MFU {mfu}; peak memory {s['peak_memory_bytes']:,} bytes"
+    )
+    for text in s["samples"]:
+        print(f"sample: {text}")
+    print(f"loss curve: {folder.curve}\nmodel: {folder.model}", flush=True)
+
+
+def push_to_hub(recipe: Recipe, folder: RunFolder) -> None:
+    """Push `model/` where the recipe names a repository; a failure leaves the run as it is, and says what to type."""
+    hub = recipe.hub
+    if hub.repo_id is None:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(hub.repo_id, private=hub.private, exist_ok=True)
+        HfApi().upload_folder(repo_id=hub.repo_id, folder_path=folder.model)
+        print(f"pushed to {hub.repo_id}")
+    except Exception as error:  # the client's many errors: none may cost a finished run
+        print(
+            f"hub.repo_id = {hub.repo_id!r}: not pushed ({type(error).__name__}: {error}); the run is whole, push it later with:"
+            f" hf upload {hub.repo_id} {folder.model}"
+        )
