@@ -17,7 +17,6 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-SHARED_DATA = ROOT.parent / "shared" / "data"
 
 TOY_MODELS = {
     "llama": {

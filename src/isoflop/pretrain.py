@@ -78,14 +78,10 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool) -> i
         finish(job, log.rows)
         return 0
     kept = checkpoint.list_checkpoints(job.folder.checkpoints)
-    job.accelerator.print(
-        f"{job.stop.signal or 'a signal to another rank'}: "
-        + (
-            f"saved; the same command goes on from {kept[-1].name}"
-            if kept
-            else "no step was finished; the same command starts over"
-        )
+    onwards = (
+        f"saved; the same command goes on from {kept[-1].name}" if kept else "no step was finished; the same command starts over"
     )
+    job.accelerator.print(f"{job.stop.signal or 'a signal to another rank'}: {onwards}")
     return EXIT_RESUME
 
 
