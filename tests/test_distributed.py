@@ -2,17 +2,19 @@ import os
 import signal
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from conftest import launch, run_command
 
-from isoflop.distributed import EXIT_RESUME, StopRequest, _launch_arguments, build_accelerator, check_launch, reduce_sums
+from isoflop.distributed import EXIT_RESUME, StopRequest, _launch_arguments, build_accelerator, check_launch, reduce_sum
 from isoflop.errors import UserError
 from isoflop.recipe import Output
 
 
 def test_sums_of_one_process_are_its_values():
-    assert reduce_sums(Accelerator(cpu=True), [1.5, 2.0]) == [1.5, 2.0]
+    accelerator = Accelerator(cpu=True)
+    assert [reduce_sum(accelerator, value) for value in (1.5, torch.tensor(2.0))] == [1.5, 2.0]
 
 
 def test_a_signal_before_training_leaves_at_once():

@@ -76,7 +76,7 @@ def test_files_and_functions_stay_readable():
         assert len(source.splitlines()) <= 400, path
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+                assert node.end_lineno - node.lineno < 40, f"{path}: {node.name}"
         assert not re.search(r"\b(TODO|FIXME|XXX)\b", source), path
 
 

@@ -176,8 +176,7 @@ class StopRequest:
         return bool(told.item())
 
 
-def reduce_sums(accelerator: Accelerator, values: list[float | torch.Tensor]) -> list[float]:
-    """Sums over all processes, in one reduction and one wait for the device."""
-    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=accelerator.device) for v in values])
-    summed: list[float] = accelerator.reduce(stacked, "sum").tolist()
-    return summed
+def reduce_sum(accelerator: Accelerator, value: float | torch.Tensor) -> float:
+    """Sum over all processes in fp32; waits for the device."""
+    own = torch.as_tensor(value, dtype=torch.float32, device=accelerator.device)
+    return float(accelerator.reduce(own, "sum"))

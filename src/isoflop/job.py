@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from isoflop import cost
 from isoflop.checkpoint import list_checkpoints
-from isoflop.data.manifest import Manifest, differences, made_from, read_manifest, verify_shards
+from isoflop.data.manifest import Manifest, made_from, read_manifest, verify_shards
 from isoflop.data.order import permute, share_of_process, windows_of_step
 from isoflop.data.tokenizers import tokenizer_hash
 from isoflop.data.windows import Windows
@@ -26,7 +26,7 @@ from isoflop.errors import UserError
 from isoflop.modeling.build import build_config, build_model, decoder_layers
 from isoflop.modeling.loss import TrainingModel
 from isoflop.optim import build_optimizer
-from isoflop.recipe import Recipe, require_whole_steps
+from isoflop.recipe import Recipe, differences, require_whole_steps
 from isoflop.run_folder import RunFolder
 
 # Up to here every byte of the prepared data is hashed at each start (seconds); beyond, sizes alone are compared.
@@ -70,12 +70,13 @@ class Job:
         count = min(size, self.recipe.evaluation.max_windows or size)
         return permute(np.arange(count), size, self.recipe.data.split_seed, epoch=0)
 
-    def peak_flops(self) -> float | None:
-        """Datasheet FLOP/s of all devices together; None where unknown."""
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Share of the datasheet FLOP/s of all devices that a rate makes use of; None where the hardware is not known."""
         if self.accelerator.device.type != "cuda":
             return None
         peak = cost.peak_bf16_flops(torch.cuda.get_device_name(self.accelerator.device))
-        return peak and peak * self.accelerator.num_processes
+        flops_per_token = cost.flops_per_token(self.recipe.model, self.recipe.training.sequence_length)
+        return peak and tokens_per_s * flops_per_token / (peak * self.accelerator.num_processes)
 
 
 def check_data(recipe: Recipe, is_main: bool) -> Manifest:

@@ -54,7 +54,6 @@ def summarize(job: Job, rows: list[Row]) -> dict[str, Any]:
     """The numbers of a finished run."""
     last, split = rows[-1], job.manifest.splits["validation"]
     tokens_per_s = statistics.median(row["tokens_per_s"] for row in rows)
-    peak = job.peak_flops()
     flops_per_token = cost.flops_per_token(job.recipe.model, job.recipe.training.sequence_length)
     return {
         "steps": last["step"],
@@ -66,7 +65,7 @@ def summarize(job: Job, rows: list[Row]) -> dict[str, Any]:
         "bits_per_byte": bits_per_byte(last["val_loss"], split),
         "unigram_entropy_nats": split.unigram_entropy_nats,
         "tokens_per_s": tokens_per_s,
-        "mfu": peak and tokens_per_s * flops_per_token / peak,
+        "mfu": job.mfu(tokens_per_s),
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
         "elapsed_s": last["elapsed_s"],
     }

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from isoflop.data.manifest import FILE_NAME, Manifest, Split, TokenizerFacts, differences, made_from, read_manifest
+from isoflop.data.manifest import FILE_NAME, Manifest, Split, TokenizerFacts, made_from, read_manifest
 from isoflop.data.sources import Documents, hash_files, open_source
 from isoflop.data.tokenizers import load_tokenizer, tokenizer_hash, train_tokenizer
 from isoflop.data.windows import SplitWriter, dtype_for
 from isoflop.errors import UserError
-from isoflop.recipe import Recipe
+from isoflop.recipe import Recipe, differences
 
 
 def prepare(recipe: Recipe) -> Manifest:

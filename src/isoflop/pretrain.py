@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 
 from isoflop import checkpoint, cost
 from isoflop.data.order import derived_seed
-from isoflop.distributed import EXIT_RESUME, StopRequest, build_accelerator, reduce_sums
+from isoflop.distributed import EXIT_RESUME, StopRequest, build_accelerator, reduce_sum
 from isoflop.errors import UserError
 from isoflop.job import Job, build_job, check_data, describe, require_disk
 from isoflop.metrics import MetricsLog, Row, draw_curve, layer_norms, peak_memory_bytes
@@ -89,7 +89,7 @@ def train(job: Job, log: MetricsLog, state: dict[str, Any]) -> bool:
     """The training loop. False when a signal ended it early, with a checkpoint of the last finished step."""
     job.stop.arm()
     settle_buckets(job)
-    stopped_before_its_row = reduce_sums(job.accelerator, [float(log.lacks(state["step"]))])[0]
+    stopped_before_its_row = reduce_sum(job.accelerator, float(log.lacks(state["step"])))
     if stopped_before_its_row and not measure(job, log, state["row"]):
         return False
     started = time.perf_counter() - state["elapsed_s"]
@@ -135,8 +135,8 @@ def train_step(job: Job, step: int) -> Row | None:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    (total_loss,) = reduce_sums(accelerator, [loss_sum])
-    tokens_per_s, peak = recipe.training.tokens_per_step / (time.perf_counter() - started), job.peak_flops()
+    total_loss = reduce_sum(accelerator, loss_sum)
+    tokens_per_s = recipe.training.tokens_per_step / (time.perf_counter() - started)
     row = {
         "step": step + 1,
         "tokens": (step + 1) * recipe.training.tokens_per_step,
@@ -145,7 +145,7 @@ def train_step(job: Job, step: int) -> Row | None:
         "learning_rate": rate,
         "grad_norm": float(grad_norm),
         "tokens_per_s": tokens_per_s,
-        "mfu": peak and tokens_per_s * cost.flops_per_token(recipe.model, recipe.training.sequence_length) / peak,
+        "mfu": job.mfu(tokens_per_s),
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
     }
     return row | norms

@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from isoflop.errors import UserError
-from isoflop.recipe import Recipe
+from isoflop.recipe import Recipe, differences
 from isoflop.recipe_file import load_recipe, to_yaml
 
 _LIBRARIES = (
@@ -57,9 +57,7 @@ class RunFolder:
         file = self.path / "recipe.yaml"
         if not file.exists():
             return
-        old, new = load_recipe(file).trajectory(), recipe.trajectory()
-        changed = [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
-        if changed:
+        if changed := differences(load_recipe(file).trajectory(), recipe.trajectory()):
             raise UserError(
                 f"output.run_dir = {str(self.path)!r} belongs to another recipe ({'; '.join(changed)});"
                 " set another output.run_dir, or delete this one to start over"

@@ -83,11 +83,6 @@ def made_from(recipe: Recipe) -> dict[str, Any]:
     return flatten({"data": data, "tokenizer": tokenizer, "training": {"sequence_length": recipe.training.sequence_length}})
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for every value that changed."""
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
-
-
 def read_manifest(prepared_dir: str) -> Manifest:
     """Read a folder's manifest. Raises `UserError` where there is none or it is not one."""
     file = Path(prepared_dir) / FILE_NAME

@@ -97,8 +97,8 @@ def open_source(data: Data) -> tuple[Documents, Origin]:
     source = data.source
     if isinstance(source, HubSource):
         return _open_hub(data, source)
-    origin = Origin(hash_files(data), None)
-    names = [str(file) for file in _local_files(data)]
+    files = _local_files(data)
+    origin, names = Origin(_hashes(files, data.source.kind), None), [str(file) for file in files]
     if isinstance(source, TextSource | PythonStdlibSource):
         sample_by = source.sample_by if isinstance(source, TextSource) else "document"
         split: IterableDataset = load_dataset("text", data_files=names, sample_by=sample_by, split="train", streaming=True)
@@ -109,11 +109,14 @@ def open_source(data: Data) -> tuple[Documents, Origin]:
 
 def hash_files(data: Data) -> dict[str, str]:
     """SHA-256 of every local file of a source, by path (of the standard library: relative to it). Text is proved to be UTF-8."""
-    root = _stdlib_root()
-    is_text = data.source.kind in ("text", "json", "python_stdlib")
+    return _hashes(_local_files(data), data.source.kind)
+
+
+def _hashes(files: list[Path], kind: str) -> dict[str, str]:
+    root, is_text = _stdlib_root(), kind in ("text", "json", "python_stdlib")
     return {
         str(file.relative_to(root) if file.is_relative_to(root) else file): _hash_checked(file, is_text)
-        for file in tqdm(_local_files(data), desc="hash sources", unit="file", delay=3)
+        for file in tqdm(files, desc="hash sources", unit="file", delay=3)
     }
 
 
