@@ -74,6 +74,25 @@ def toy_tree(corpus, tmp_path_factory):
     return tree
 
 
+@pytest.fixture(scope="session")
+def undisturbed(toy_tree, tmp_path_factory):
+    """The toy recipe run once to its end, for each family: what every interrupted run is held against."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from isoflop.pretrain import pretrain
+    from isoflop.recipe import Recipe
+
+    runs = {}
+    for family, model in TOY_MODELS.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        folder = tmp_path_factory.mktemp("undisturbed") / family
+        recipe = Recipe.model_validate({**toy_tree, "model": model, "output": {**toy_tree["output"], "run_dir": str(folder)}})
+        assert pretrain(recipe) == 0
+        runs[family] = recipe
+    return runs
+
+
 @pytest.fixture
 def write_recipe(toy_tree, tmp_path):
     """Write the toy recipe with some dotted keys set; returns its path."""

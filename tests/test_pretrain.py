@@ -1,45 +1,18 @@
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import ROOT, curve_of, launch, metrics_of, metrics_of_folder, run_command, weights_of
+from conftest import ROOT, curve_of, launch, metrics_of, run_command, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from isoflop import checkpoint
 from isoflop import pretrain as pretrain_module
-from isoflop.distributed import EXIT_RESUME
-from isoflop.errors import UserError
 from isoflop.recipe_file import load_recipe
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(toy_tree, tmp_path_factory):
-    """The toy recipe run once to its end, for each family: what every interrupted run is held against."""
-    from accelerate.state import AcceleratorState, GradientState
-    from conftest import TOY_MODELS
-
-    from isoflop.recipe import Recipe
-
-    runs = {}
-    for family, model in TOY_MODELS.items():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        folder = tmp_path_factory.mktemp("undisturbed") / family
-        recipe = Recipe.model_validate({**toy_tree, "model": model, "output": {**toy_tree["output"], "run_dir": str(folder)}})
-        assert pretrain_module.pretrain(recipe) == 0
-        runs[family] = recipe
-    return runs
 
 
 # --- what a run leaves --------------------------------------------------------------------------------------
@@ -168,205 +141,6 @@ def test_every_recipe_starts_at_the_logarithm_of_its_vocabulary(name, config, to
     assert not (tmp_path / "run").exists()
 
 
-# --- resume -------------------------------------------------------------------------------------------------
-
-DIE_IN_STEP_8 = """
-import os, signal, sys
-import isoflop.pretrain as pretrain
-from isoflop.recipe_file import load_recipe
-step = pretrain.train_step
-def dying(job, number):
-    if number == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(job, number)
-pretrain.train_step = dying
-pretrain.pretrain(load_recipe(sys.argv[1]))
-"""
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_ten_steps_are_five_a_kill_and_five_more_bit_for_bit(family, undisturbed, write_recipe, run_in_process):
-    file = write_recipe(family=family)
-    recipe = load_recipe(file)
-    killed = subprocess.run([sys.executable, "-c", DIE_IN_STEP_8, file], cwd=ROOT, capture_output=True, check=False, timeout=120)
-    assert killed.returncode == -signal.SIGKILL
-    assert [row["step"] for row in metrics_of(recipe)] == [1, 2, 3, 4, 5, 6, 7]
-    assert [p.name for p in checkpoint.list_checkpoints(Path(recipe.output.run_dir) / "checkpoints")] == ["step-5"]
-    assert run_in_process(recipe) == 0
-    assert curve_of(recipe) == curve_of(undisturbed[family])
-    assert weights_of(recipe) == weights_of(undisturbed[family])
-
-
-def test_dropout_resumes_bit_for_bit_too(write_recipe, run_in_process, monkeypatch):
-    overrides = ["model.resid_pdrop=0.2", "model.embd_pdrop=0.1"]
-    whole = load_recipe(write_recipe("whole", family="gpt2"), overrides)
-    assert run_in_process(whole) == 0
-    parted = load_recipe(write_recipe("parted", family="gpt2"), overrides)
-    interrupt_at(monkeypatch, "step", 6)
-    assert run_in_process(parted) == EXIT_RESUME
-    monkeypatch.undo()
-    assert run_in_process(parted) == 0
-    assert curve_of(parted) == curve_of(whole)
-    assert weights_of(parted) == weights_of(whole)
-
-
-def interrupt_at(monkeypatch, phase, step, number=signal.SIGTERM):
-    """Send this process a signal in the middle of a phase of a 1-based step."""
-    import isoflop.validation as validation
-
-    def signalling(function, when):
-        def wrapped(*args, **kwargs):
-            if when(*args, **kwargs):
-                os.kill(os.getpid(), number)
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    if phase == "accumulation":
-        calls = []
-        backward = Accelerator.backward
-        # two micro-batches a step: this is the end of the first one
-        monkeypatch.setattr(
-            Accelerator, "backward", signalling(backward, lambda *_: calls.append(1) or len(calls) == 2 * step - 1)
-        )
-    elif phase == "step":
-        monkeypatch.setattr(pretrain_module, "train_step", signalling(pretrain_module.train_step, lambda job, s: s + 1 == step))
-    elif phase == "saving":
-        monkeypatch.setattr(checkpoint, "_seal", signalling(checkpoint._seal, lambda aside, state: state["step"] == step))
-    elif phase == "evaluation":
-        calls = []
-        share = validation.share_of_process
-        monkeypatch.setattr(
-            validation, "share_of_process", signalling(share, lambda *_: calls.append(1) or len(calls) == step // 5)
-        )
-    else:
-        monkeypatch.setattr(pretrain_module, "load_checkpoint", signalling(pretrain_module.load_checkpoint, lambda *_: True))
-
-
-@pytest.mark.parametrize(
-    ("phase", "step", "number", "saved"),
-    [
-        ("step", 1, signal.SIGTERM, None), ("step", 7, signal.SIGINT, 6), ("accumulation", 8, signal.SIGTERM, 7),
-        ("accumulation", 6, signal.SIGINT, 5),
-        ("saving", 5, signal.SIGTERM, 5), ("saving", 10, signal.SIGTERM, 10), ("evaluation", 5, signal.SIGTERM, 5),
-        ("evaluation", 10, signal.SIGINT, 10),
-    ],
-)  # fmt: skip
-def test_a_signal_at_any_phase_saves_and_the_same_command_goes_on(
-    phase, step, number, saved, undisturbed, toy_recipe, run_in_process, monkeypatch, capsys
-):
-    recipe = toy_recipe()
-    interrupt_at(monkeypatch, phase, step, number)
-    assert run_in_process(recipe) == EXIT_RESUME
-    newest = checkpoint.newest_whole(Path(recipe.output.run_dir) / "checkpoints")
-    assert (newest and checkpoint.step_of(newest)) == saved
-    said = f"saved; the same command goes on from step-{saved}" if saved else "no step was finished; the same command starts over"
-    assert f"{number.name}: {said}" in capsys.readouterr().out
-    monkeypatch.undo()
-    assert run_in_process(recipe) == 0
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
-    assert weights_of(recipe) == weights_of(undisturbed["llama"])
-
-
-def test_a_signal_before_training_leaves_nothing_to_resume(toy_recipe, run_in_process, monkeypatch):
-    recipe = toy_recipe()
-    interrupt_at(monkeypatch, "setup", 0)
-    with pytest.raises(SystemExit) as left:
-        run_in_process(recipe)
-    assert left.value.code == EXIT_RESUME
-    assert not (Path(recipe.output.run_dir) / "checkpoints").exists()
-
-
-def start_long_run(command, file):
-    """Start a run of 100,000 steps and wait until some are done; returns the process and the run's folder."""
-    process = subprocess.Popen(
-        [*command, "scripts/pretrain.py", str(file)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    metrics = Path(load_recipe(file).output.run_dir) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 20) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return process, metrics.parent
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_real_command_under_a_real_signal(number, write_recipe):
-    process, folder = start_long_run([sys.executable], write_recipe(training__max_steps=100_000))
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == EXIT_RESUME
-    assert f"{number.name}: saved" in output
-    last = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
-    assert checkpoint.step_of(last) == metrics_of_folder(folder)[-1]["step"] >= 20
-    assert checkpoint.find_faults(last) == []
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("config", ["cpu", "2cpu_ddp"])
-def test_a_launcher_that_is_told_to_stop_takes_its_run_with_it_saved(config, write_recipe):
-    """The simple launcher passes no signal on and just dies; torchrun's agent passes it to every rank."""
-    port = [] if config == "cpu" else ["--main_process_port", "0"]
-    command = ["accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml", *port]
-    process, folder = start_long_run(command, write_recipe(training__max_steps=100_000))
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)  # until the last process has closed the pipe
-    assert ": saved; the same command goes on" in output
-    last = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
-    assert checkpoint.step_of(last) == metrics_of_folder(folder)[-1]["step"]
-    assert checkpoint.find_faults(last) == []
-    assert not list((folder / "checkpoints").glob(".*"))
-
-
-def test_a_chosen_checkpoint_and_one_that_is_not_there(undisturbed, toy_recipe, run_in_process, capsys):
-    recipe = toy_recipe(output__keep_last=9)
-    with pytest.raises(UserError, match="has no whole checkpoint; to start from step 0 leave out --resume"):
-        run_in_process(recipe, resume="newest")
-    assert run_in_process(recipe) == 0
-    (Path(recipe.output.run_dir) / "summary.json").unlink()
-    with pytest.raises(UserError, match=r"--resume-from 7: .*step-7 is not whole .*there are: step-5, step-10"):
-        run_in_process(recipe, resume="7")
-    capsys.readouterr()
-    assert run_in_process(recipe, resume="5") == 0
-    assert "resuming from" in capsys.readouterr().out
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
-
-
-def test_going_back_and_being_stopped_again_loses_no_row(undisturbed, toy_recipe, run_in_process, monkeypatch):
-    recipe = toy_recipe(output__keep_last=1, output__keep_every=5)
-    assert run_in_process(recipe) == 0
-    folder = Path(recipe.output.run_dir)
-    (folder / "summary.json").unlink()
-    interrupt_at(monkeypatch, "step", 8)
-    assert run_in_process(recipe, resume="5") == EXIT_RESUME
-    monkeypatch.undo()
-    assert [path.name for path in checkpoint.list_checkpoints(folder / "checkpoints")] == ["step-5", "step-7"]
-    assert run_in_process(recipe) == 0
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
-
-
-def test_a_broken_newest_is_gone_after_falling_back(undisturbed, toy_recipe, run_in_process, monkeypatch):
-    recipe = toy_recipe(output__keep_last=1, output__keep_every=5)
-    assert run_in_process(recipe) == 0
-    folder = Path(recipe.output.run_dir)
-    (folder / "summary.json").unlink()
-    (folder / "checkpoints/step-10/.metadata").unlink()
-    interrupt_at(monkeypatch, "step", 8)
-    assert run_in_process(recipe) == EXIT_RESUME
-    monkeypatch.undo()
-    assert checkpoint.newest_whole(folder / "checkpoints").name == "step-7"
-    assert run_in_process(recipe) == 0
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
-
-
-def test_eval_only_measures_the_checkpoint_and_writes_nothing(undisturbed, run_in_process, capsys):
-    recipe = undisturbed["llama"]
-    before = {file: file.stat().st_mtime_ns for file in Path(recipe.output.run_dir).rglob("*")}
-    assert run_in_process(recipe, eval_only=True) == 0
-    loss = float(re.search(r"step 10: validation loss ([\d.]+)", capsys.readouterr().out)[1])
-    assert loss == pytest.approx(metrics_of(recipe)[-1]["val_loss"], abs=1e-6)
-    assert {file: file.stat().st_mtime_ns for file in Path(recipe.output.run_dir).rglob("*")} == before
-
-
 # --- the same training, however it is cut -------------------------------------------------------------------
 
 
@@ -420,74 +194,6 @@ def test_the_reducer_is_gone_before_the_process_group(write_recipe, tmp_path):
     config = ["--config_file", "accelerate_configs/2cpu_ddp.yaml", "--main_process_port", "0"]
     done = run_command("accelerate", "launch", *config, script, write_recipe())
     assert done.stdout.count("DDP was built [True] and is left 0") == 2
-
-
-@pytest.mark.distributed
-def test_a_run_of_two_processes_goes_on_with_one(undisturbed, write_recipe, run_in_process):
-    file = write_recipe()
-    launch("2cpu_ddp", file)
-    recipe = load_recipe(file)
-    folder = Path(recipe.output.run_dir)
-    (folder / "summary.json").unlink()
-    assert run_in_process(recipe, resume="5") == 0
-    for row, other in zip(metrics_of(recipe), metrics_of(undisturbed["llama"]), strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
-
-
-RANK_1_IS_TOLD_TO_STOP = """
-import os, signal, sys
-import isoflop.pretrain as pretrain, isoflop.validation as validation
-from isoflop.recipe_file import load_recipe
-def told(module, name, call):
-    function, calls = getattr(module, name), []
-    def wrapped(*arguments, **named):
-        calls.append(1)
-        if len(calls) == call and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return function(*arguments, **named)
-    setattr(module, name, wrapped)
-phase = sys.argv[2]
-if phase == "step":
-    told(pretrain, "train_step", 8)
-elif phase == "evaluation":
-    told(validation, "share_of_process", 1)
-elif phase == "saving":
-    told(pretrain.checkpoint, "save", 1)
-pretrain.pretrain(load_recipe(sys.argv[1]))
-"""
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("phase", "saved"), [("step", 7), ("evaluation", 5), ("saving", 5)])
-def test_one_rank_of_two_that_is_told_to_stop_stops_both_saved(phase, saved, undisturbed, write_recipe, tmp_path):
-    script, file = tmp_path / "script.py", write_recipe()
-    script.write_text(RANK_1_IS_TOLD_TO_STOP)
-    config = ["--config_file", "accelerate_configs/2cpu_ddp.yaml", "--main_process_port", "0"]
-    done = run_command("accelerate", "launch", *config, script, file, phase)
-    assert f"a signal to another rank: saved; the same command goes on from step-{saved}" in done.stdout
-    run_command("accelerate", "launch", *config, script, file, "nothing")
-    recipe = load_recipe(file)
-    for row, other in zip(metrics_of(recipe), metrics_of(undisturbed["llama"]), strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
-
-
-@pytest.mark.distributed
-def test_three_processes_resume_bit_for_bit(write_recipe):
-    """Sums of three depend on how DDP lays out its buckets: a resumed run must find them as they were."""
-    sizes = {"training__tokens_per_step": 384}
-    whole, parted = write_recipe("whole", **sizes), write_recipe("parted", **sizes)
-    for file in (whole, parted):
-        launch_three(file)
-    recipe = load_recipe(parted)
-    (Path(recipe.output.run_dir) / "summary.json").unlink()
-    launch_three(parted, "--resume-from", "5")
-    assert curve_of(recipe) == curve_of(load_recipe(whole))
-    assert weights_of(recipe) == weights_of(load_recipe(whole))
-
-
-def launch_three(*arguments):
-    config = ["--config_file", "accelerate_configs/2cpu_ddp.yaml", "--num_processes", "3", "--main_process_port", "0"]
-    return run_command("accelerate", "launch", *config, "scripts/pretrain.py", *arguments)
 
 
 def test_measuring_and_sampling_leave_training_untouched(toy_recipe, run_in_process, undisturbed, monkeypatch):
