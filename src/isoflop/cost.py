@@ -6,23 +6,55 @@ The arithmetic is held against transformers' own modules on the meta device by t
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from difflib import get_close_matches
+from typing import Literal, NamedTuple
 
-from isoflop.recipe import Gpt2Model, LlamaModel, Optimizer
+from isoflop.errors import UserError, nearest
+from isoflop.recipe import Gpt2Model, LlamaModel, Optimizer, Training
 
-# Peak dense bf16 tensor throughput in FLOP/s, by a pattern of the device's name, from the vendors' datasheets (without
-# structured sparsity). Variants with other clocks (NVL, D, Laptop) are not these cards: they have no MFU, never a guess.
-PEAK_BF16_FLOPS = {
-    r"\bH100 PCIe\b": 756e12,
-    r"\bH100\b(?! (PCIe|NVL))": 989e12,
-    r"\bH200\b(?! NVL)": 989e12,
-    r"\bH20\b": 148e12,
-    r"\bB200\b": 2250e12,
-    r"\bA100\b": 312e12,
-    r"\bRTX A6000\b": 154.85e12,
-    r"\bRTX 4090\b(?! (D|Laptop))": 165.2e12,
-    r"\bRTX 5090\b(?! (D|Laptop))": 209.5e12,
+GIB = 2**30
+CHUNK_LOGITS_BYTES = 128 * 2**20  # of `modeling.loss`, which stands alone; a test holds the two equal
+
+
+class Gpu(NamedTuple):
+    """One kind of GPU, from its vendor's datasheet."""
+
+    device: str
+    """Pattern of the name that the driver gives it. Variants with other clocks (NVL, D, Laptop) are not these cards."""
+    peak_bf16_flops: float
+    """Dense bf16 tensor throughput with fp32 accumulation, FLOP/s; datasheets that print the sparse figure are halved."""
+    memory_bytes: int
+    source: str
+
+
+GPUS = {
+    "a6000": Gpu(r"\bRTX A6000\b", 154.85e12, 48 * GIB, "NVIDIA RTX A6000 datasheet: 309.7 TFLOPS with sparsity"),
+    "a100": Gpu(r"\bA100\b.*80GB", 312e12, 80 * GIB, "NVIDIA A100 datasheet, 80 GB"),
+    "a100-40gb": Gpu(r"\bA100\b", 312e12, 40 * GIB, "NVIDIA A100 datasheet, 40 GB"),
+    "h20": Gpu(r"\bH20\b", 148e12, 96 * GIB, "NVIDIA H20 datasheet"),
+    "h100": Gpu(r"\bH100\b(?! (PCIe|NVL))", 989e12, 80 * GIB, "NVIDIA H100 datasheet, SXM: 1,979 TFLOPS with sparsity"),
+    "h100-pcie": Gpu(r"\bH100 PCIe\b", 756e12, 80 * GIB, "NVIDIA H100 datasheet, PCIe: 1,513 TFLOPS with sparsity"),
+    "h200": Gpu(r"\bH200\b(?! NVL)", 989e12, 141 * GIB, "NVIDIA H200 datasheet, SXM: 1,979 TFLOPS with sparsity"),
+    "b200": Gpu(r"\bB200\b", 2250e12, 180 * GIB, "NVIDIA DGX B200 datasheet: 36 PFLOPS of 8 with sparsity, 1,440 GB of 8"),
+    "rtx4090": Gpu(r"\bRTX 4090\b(?! (D|Laptop))", 165.2e12, 24 * GIB, "NVIDIA Ada architecture whitepaper, appendix A"),
+    "rtx5090": Gpu(
+        r"\bRTX 5090\b(?! (D|Laptop))", 209.5e12, 32 * GIB, "NVIDIA RTX Blackwell architecture whitepaper, appendix A"
+    ),
 }
+
+
+def gpu(name: str) -> Gpu:
+    """A kind of GPU by its short name. Raises `UserError`, which lists the known ones."""
+    if name not in GPUS:
+        hint = nearest(name, list(GPUS)) if get_close_matches(name, GPUS) else ""
+        raise UserError(f"--gpu {name}: not a known GPU{hint}; known: {', '.join(GPUS)}; for another one give --peak-tflops")
+    return GPUS[name]
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """Datasheet peak of a device by the driver's name for it, in FLOP/s; None where it is not known."""
+    found = (kind.peak_bf16_flops for kind in GPUS.values() if re.search(kind.device, device_name, re.IGNORECASE))
+    return next(found, None)
 
 
 class Shape(NamedTuple):
@@ -93,12 +125,20 @@ def flops_per_token(model: Gpt2Model | LlamaModel, sequence_length: int) -> int:
     and norms are left out. Attention is not halved for causality, the convention of PaLM (Chowdhery et al. 2022, appendix B).
     """
     s = shape_of(model)
-    attention_width = s.num_heads * s.head_dim
-    matrices = 3 if isinstance(model, LlamaModel) else 2
-    per_layer = 2 * s.hidden_size * attention_width + 2 * s.hidden_size * s.num_key_value_heads * s.head_dim
-    per_layer += matrices * s.hidden_size * s.intermediate_size
-    matmul_parameters = s.num_layers * per_layer + s.vocab_size * s.hidden_size
-    return 3 * (2 * matmul_parameters + 4 * sequence_length * attention_width * s.num_layers)
+    attention = 4 * sequence_length * s.num_heads * s.head_dim * s.num_layers
+    return 3 * (2 * _matmul_parameters(model) + attention)
+
+
+def _matmul_parameters(model: Gpt2Model | LlamaModel) -> int:
+    """Parameters that matrix products run over: attention, feed-forward and the head, tied or not."""
+    s = shape_of(model)
+    attention = 2 * s.hidden_size * s.num_heads * s.head_dim + 2 * s.hidden_size * s.num_key_value_heads * s.head_dim
+    ffn = (3 if isinstance(model, LlamaModel) else 2) * s.hidden_size * s.intermediate_size
+    return s.num_layers * (attention + ffn) + _head_parameters(model)
+
+
+def _head_parameters(model: Gpt2Model | LlamaModel) -> int:
+    return model.vocab_size * shape_of(model).hidden_size
 
 
 def optimizer_bytes_per_parameter(optimizer: Optimizer) -> int:
@@ -111,6 +151,127 @@ def checkpoint_bytes(model: Gpt2Model | LlamaModel, optimizer: Optimizer) -> int
     return parameters(model) * (4 + optimizer_bytes_per_parameter(optimizer))
 
 
-def peak_bf16_flops(device_name: str) -> float | None:
-    """Datasheet peak of a device by its name, in FLOP/s; None where the name is not known."""
-    return next((peak for pattern, peak in PEAK_BF16_FLOPS.items() if re.search(pattern, device_name, re.IGNORECASE)), None)
+class Launch(NamedTuple):
+    """How a run is launched, as far as memory and time depend on it."""
+
+    name: str
+    engine: Literal["single", "ddp", "zero1", "fsdp2"]
+    num_processes: int = 1
+    bf16: bool = True
+    """Matrix products in bf16: by autocast over fp32 weights, or over the bf16 copies of ZeRO-1 and FSDP2."""
+    shards: int = 1
+    """Processes that the optimizer state (and under FSDP2 weights and gradients) is divided over."""
+
+    @property
+    def arithmetic(self) -> Literal["fp32", "autocast", "bf16"]:
+        """What the activations of a forward pass are kept in."""
+        if not self.bf16:
+            return "fp32"
+        return "bf16" if self.engine in ("zero1", "fsdp2") else "autocast"
+
+
+class Memory(NamedTuple):
+    """Bytes on one device at the moment of the peak, between forward and backward of a micro-batch after the first."""
+
+    weights: int
+    gradients: int
+    moments: int
+    weight_copies: int
+    """bf16 copies that autocast makes and backward holds; under FSDP2 the layers that are whole at the moment."""
+    activations: int
+    """What layers keep for the backward pass; with checkpointing each layer's input."""
+    loss: int
+    """Last norm to loss: hidden states and their gradient, a chunk of logits, the head's gradient. Or, where that is more, one
+    layer's backward pass (with checkpointing, its recomputed activations too)."""
+
+    @property
+    def total(self) -> int:
+        """Peak bytes of the allocator; the CUDA context and fragmentation come on top (`usable_bytes`)."""
+        return sum(self)
+
+
+def usable_bytes(gpu_memory_bytes: int) -> int:
+    """What a plan may fill of a device: without 1 GiB for CUDA context and NCCL, and 5% for fragmentation (assumptions)."""
+    return int(0.95 * (gpu_memory_bytes - GIB))
+
+
+def predicted_memory(model: Gpt2Model | LlamaModel, training: Training, optimizer: Optimizer, launch: Launch) -> Memory:
+    """Peak memory of one device, for fused attention (sdpa, flash), no dropout, no compile (which keeps less).
+
+    States: single and DDP hold 4 (weights) + 4 (gradients, DDP's buckets) + 8 bytes a parameter; ZeRO-1 as DeepSpeed does it with
+    bf16 weights and fp32 accumulation 2 + 4, and (4 + 8) / shards; FSDP2 (4 + 4 + 8) / shards, gradients reduced each micro-batch.
+    """
+    n, shards, mode = parameters(model), launch.shards, launch.arithmetic
+    moments = n * optimizer_bytes_per_parameter(optimizer) // shards
+    matrices = _matmul_parameters(model)
+    weights, gradients, copies = 4 * n, 4 * n, 2 * matrices if mode == "autocast" else 0
+    if launch.engine == "zero1":
+        weights = (2 if launch.bf16 else 4) * n + (4 * n // shards if launch.bf16 else 0)
+    elif launch.engine == "fsdp2":
+        weights, gradients = 4 * n // shards, 4 * n // shards
+        layer, head = (matrices - _head_parameters(model)) // shape_of(model).num_layers, _head_parameters(model)
+        # Two layers whole (one computed, one fetched ahead), embedding and head all along, one layer's gradients in fp32.
+        copies = (2 if launch.bf16 else 4) * (2 * layer + head * (1 if shape_of(model).tied else 2)) + 4 * layer
+    tokens = training.micro_batch_size * training.sequence_length
+    layer_bytes = tokens * layer_activation_bytes(model, mode)
+    loss, backward = _loss_bytes(model, tokens, mode), tokens * _backward_bytes(model, mode)
+    if training.activation_checkpointing:
+        stream = 2 if mode == "bf16" else 4
+        kept = tokens * shape_of(model).num_layers * stream * shape_of(model).hidden_size
+        return Memory(weights, gradients, moments, copies, kept, max(loss, layer_bytes + backward - copies))
+    return Memory(weights, gradients, moments, copies, shape_of(model).num_layers * layer_bytes, max(loss, backward))
+
+
+def layer_activation_bytes(model: Gpt2Model | LlamaModel, arithmetic: Literal["fp32", "autocast", "bf16"]) -> int:
+    """Bytes a token that one decoder layer keeps for its backward pass, h hidden, a query width, k key width, f feed-forward.
+
+    Counted from what each operation of transformers' own layers saves, e.g. Llama under autocast: two RMSNorms keep input and
+    normed input in fp32 (8h each); q, k, v, gate and up each a bf16 copy of their input (2h each); attention q, k, v, output
+    (4a + 4k); SwiGLU gate, silu, up, product (8f): 26h + 4a + 4k + 8f. And the norms' and attention's statistics.
+    """
+    s = shape_of(model)
+    h, a, k, f = s.hidden_size, s.num_heads * s.head_dim, s.num_key_value_heads * s.head_dim, s.intermediate_size
+    if isinstance(model, LlamaModel):
+        kept = {
+            "autocast": 26 * h + 4 * a + 4 * k + 8 * f,
+            "bf16": 16 * h + 4 * a + 4 * k + 8 * f,
+            "fp32": 24 * h + 8 * a + 8 * k + 16 * f,
+        }
+        return kept[arithmetic] + 4 * s.num_heads + 8
+    # LayerNorm keeps its input alone; q, k and v are one projection, with one copy of its input; GELU keeps input and output.
+    kept = {"autocast": 20 * h + 4 * f, "bf16": 16 * h + 4 * f, "fp32": 32 * h + 8 * f}
+    return kept[arithmetic] + 4 * s.num_heads + 16
+
+
+def _backward_bytes(model: Gpt2Model | LlamaModel, arithmetic: Literal["fp32", "autocast", "bf16"]) -> int:
+    """Bytes a token of gradients alive in a layer's backward pass: those of the feed-forward's inner activations."""
+    inner = 3 if isinstance(model, LlamaModel) else 2
+    return inner * (4 if arithmetic == "fp32" else 2) * shape_of(model).intermediate_size
+
+
+def _loss_bytes(model: Gpt2Model | LlamaModel, tokens: int, arithmetic: Literal["fp32", "autocast", "bf16"]) -> int:
+    """From the last norm to the end of the chunked cross-entropy of `modeling.loss`, with its gradients."""
+    s, llama = shape_of(model), isinstance(model, LlamaModel)
+    # Last norm's kept input (Llama: and normed input), its output, the output of all but each window's last token in the
+    # matrix products' type (once sliced, once contiguous), the gradient of that.
+    per_token = {"autocast": 18 if llama else 14, "bf16": 12 if llama else 8, "fp32": 20 if llama else 16}[arithmetic]
+    width = 4 if arithmetic == "fp32" else 2
+    rows = min(tokens, CHUNK_LOGITS_BYTES // (4 * s.vocab_size))
+    logits = rows * s.vocab_size
+    cast = 0 if arithmetic == "fp32" else width  # the chunk's logits, and then their gradient, in the narrow type
+    at_the_end = (4 + cast) * logits + width * s.vocab_size * s.hidden_size  # and the chunk's gradient of the head
+    chunk = max(at_the_end, (8 + 2 * cast) * logits if rows < tokens else 0)  # the chunk before lives while the next is made
+    return tokens * per_token * s.hidden_size + 4 * s.vocab_size * s.hidden_size + chunk
+
+
+def largest_micro_batch(
+    model: Gpt2Model | LlamaModel, training: Training, optimizer: Optimizer, launch: Launch, memory_bytes: int
+) -> int:
+    """The largest micro-batch whose prediction fits a device and that divides the step's windows; 0 where none does."""
+    windows, rest = divmod(training.tokens_per_step // training.sequence_length, launch.num_processes)
+    fitting = 0
+    for size in (m for m in range(1, windows + 1) if not rest and windows % m == 0):
+        changed = training.model_copy(update={"micro_batch_size": size})
+        if predicted_memory(model, changed, optimizer, launch).total <= usable_bytes(memory_bytes):
+            fitting = size
+    return fitting

@@ -1,0 +1,175 @@
+"""Scaling laws as data: published ones from `published/`, fitted ones from any file of the same form.
+
+Entered by `load_law`. Losses are nats per token of the law's own data and tokenizer: between models they can be compared, with a
+run on other data they can't, until a law is fitted there.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import yaml
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, PositiveFloat, ValidationError
+from pydantic import model_validator as checked_by
+
+from isoflop import cost
+from isoflop.errors import UserError, nearest
+from isoflop.recipe import Model, Section
+from isoflop.recipe_file import parse_yaml
+
+PUBLISHED = ("hoffmann", "hoffmann-rounded", "besiroglu", "kaplan")
+DEFAULT_LAW = "hoffmann"
+COEFFICIENTS = {"chinchilla": ("E", "A", "alpha", "B", "beta"), "kaplan": ("N_c", "alpha_N", "D_c", "alpha_D")}
+INTERVAL = (0.1, 0.9)  # Hoffmann et al. 2022 give the 10th and 90th percentile of their bootstrap
+PF_DAY = 8.64e19  # FLOPs: 1e15 a second for a day, the unit of compute of Kaplan et al. 2020
+
+
+class FittedOn(Section):
+    """The range of the runs a law was fitted to, lowest and highest; beyond it the law is an extrapolation."""
+
+    parameters: tuple[float, float] = Field(strict=False)
+    tokens: tuple[float, float] = Field(strict=False)
+
+
+class Law(Section):
+    """Loss as a function of parameters N and tokens D.
+
+    Form `chinchilla` (Hoffmann et al. 2022, equation 2): E + A / N^alpha + B / D^beta; `kaplan` (Kaplan et al. 2020, equation
+    1.5): ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D. Both are a sum of two powers, the second one under a further power.
+    """
+
+    name: str = ""
+    form: Literal["chinchilla", "kaplan"]
+    coefficients: dict[str, PositiveFloat]
+    counts: Literal["total", "without_vocabulary"]
+    """What N counts: all parameters, or neither token embedding, head nor positions."""
+    source: str
+    fitted_on: FittedOn | None = None
+    draws: list[list[float]] = []
+    """Bootstrap draws of the coefficients, in the order of `COEFFICIENTS`; an interval comes from these."""
+
+    @checked_by(mode="after")
+    def _coefficients_are_the_forms(self) -> Self:
+        wanted = COEFFICIENTS[self.form]
+        if set(self.coefficients) != set(wanted):
+            raise ValueError(f"coefficients of form {self.form} are {', '.join(wanted)}; given: {', '.join(self.coefficients)}")
+        if any(len(draw) != len(wanted) for draw in self.draws):
+            raise ValueError(f"every draw has {len(wanted)} numbers: {', '.join(wanted)}")
+        return self
+
+    def size(self, model: Model) -> int:
+        """A model's N as this law counts it."""
+        classes = cost.parameters_by_class(model)
+        left_out = ("embedding", "position", "head") if self.counts == "without_vocabulary" else ()
+        return sum(count for name, count in classes.items() if name not in left_out)
+
+    def loss(self, parameters: ArrayLike, tokens: ArrayLike) -> NDArray[np.float64]:
+        """Loss in nats per token; `parameters` counted as `counts` says, any shapes that broadcast."""
+        return self._powers(self._values()).loss(np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float))
+
+    def interval(self, parameters: float, tokens: float) -> tuple[float, float] | None:
+        """10th and 90th percentile of the loss over the fit's draws, about the law and not a run; None without draws."""
+        if not self.draws:
+            return None
+        losses = self._powers(np.asarray(self.draws).T).loss(np.asarray(parameters), np.asarray(tokens))
+        low, high = np.quantile(losses, INTERVAL)
+        return float(low), float(high)
+
+    def optimum(self, flops: float) -> tuple[float, float]:
+        """Parameters and tokens of the least loss at C = 6 N D FLOPs (Hoffmann et al. 2022, equation 4), in closed form."""
+        p = self._powers(self._values())
+        scale = (p.alpha * p.a / (p.beta * p.b)) ** (1 / (p.alpha + p.beta))
+        parameters = scale * (flops / 6) ** (p.beta / (p.alpha + p.beta))
+        return float(parameters), float(flops / 6 / parameters)
+
+    def extrapolates(self, parameters: float, tokens: float) -> list[str]:
+        """What of a run lies beyond the runs that the law was fitted to."""
+        if self.fitted_on is None:
+            return []
+        values = {"parameters": parameters, "tokens": tokens}
+        ranges = {"parameters": self.fitted_on.parameters, "tokens": self.fitted_on.tokens}
+        beyond = [name for name, (low, high) in ranges.items() if not low <= values[name] <= high]
+        return [f"{values[n]:.3g} {n} (fitted on {ranges[n][0]:.3g} to {ranges[n][1]:.3g})" for n in beyond]
+
+    def _values(self) -> NDArray[np.float64]:
+        return np.array([self.coefficients[name] for name in COEFFICIENTS[self.form]])
+
+    def _powers(self, values: NDArray[np.float64]) -> _TwoPowers:
+        if self.form == "chinchilla":
+            return _TwoPowers(*values, outer=1.0)
+        n_c, alpha_n, d_c, alpha_d = values
+        return _TwoPowers(0.0, n_c ** (alpha_n / alpha_d), alpha_n / alpha_d, d_c, 1.0, outer=alpha_d)
+
+
+class _TwoPowers(NamedTuple):
+    """E + (A / N^alpha + B / D^beta)^outer, each coefficient a number or an array of draws."""
+
+    e: Any
+    a: Any
+    alpha: Any
+    b: Any
+    beta: Any
+    outer: Any
+
+    def loss(self, parameters: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        loss: NDArray[np.float64] = self.e + (self.a / parameters**self.alpha + self.b / tokens**self.beta) ** self.outer
+        return loss
+
+
+@cache
+def load_law(name_or_path: str) -> Law:
+    """A published law by its name, or one from a YAML file. Raises `UserError` where there is none or it is broken."""
+    published = name_or_path in PUBLISHED
+    path: Any = files(__package__) / "published" / f"{name_or_path}.yaml" if published else Path(name_or_path)
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        return Law.model_validate({"name": name_or_path, **tree})
+    except (FileNotFoundError, IsADirectoryError):
+        hint = nearest(name_or_path, list(PUBLISHED))
+        raise UserError(f"--law {name_or_path}: neither a published law nor a file{hint}") from None
+    except (UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+        raise UserError(f"--law {name_or_path}: not a YAML mapping of form, coefficients, counts, source ({error})") from None
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())
+        raise UserError(f"--law {name_or_path}: {faults.removeprefix(': ')}") from None
+
+
+def effective_tokens(tokens: float, unique_tokens: float) -> float:
+    """Tokens of fresh data that `tokens` seen over `unique_tokens` are worth: D' = U + U R* (1 - exp(-R / R*)).
+
+    R = D / U - 1 repetitions, R* = 15.39 (Muennighoff et al. 2023, arXiv:2305.16264, equation 5 and section 5).
+    """
+    if tokens <= unique_tokens:
+        return tokens
+    r_star, repetitions = 15.39, tokens / unique_tokens - 1
+    return float(unique_tokens * (1 + r_star * (1 - np.exp(-repetitions / r_star))))
+
+
+def critical_batch_tokens(loss: float) -> float:
+    """Tokens per step at which a run takes twice the least steps and twice the least tokens: B = 2e8 / L^(1 / 0.21).
+
+    Kaplan et al. 2020, equation 1.4. At B tokens a step a run needs 1 + B / B_crit times the tokens of a small-batch one.
+    """
+    return 2e8 / loss ** (1 / 0.21)
+
+
+class KaplanOptimum(NamedTuple):
+    """What Kaplan et al. 2020 would train at a budget (appendix A, table 6)."""
+
+    parameters: float
+    """Without embeddings."""
+    batch_tokens: float
+    steps: float
+    tokens: float
+    loss: float
+
+
+def kaplan_optimum(flops: float) -> KaplanOptimum:
+    """N = 1.3e9 C^0.73, B = 2.0e6 C^0.24, S = 5.4e3 C^0.03, D = 2e10 C^0.27, L = (3.1e8 / C)^0.050, C in PF-days."""
+    c = flops / PF_DAY
+    return KaplanOptimum(1.3e9 * c**0.73, 2.0e6 * c**0.24, 5.4e3 * c**0.03, 2e10 * c**0.27, (3.1e8 / c) ** 0.050)
