@@ -5,6 +5,7 @@ The arithmetic is held against transformers' own modules on the meta device by t
 
 from __future__ import annotations
 
+import math
 import re
 from difflib import get_close_matches
 from typing import Literal, NamedTuple
@@ -151,6 +152,52 @@ def checkpoint_bytes(model: Gpt2Model | LlamaModel, optimizer: Optimizer) -> int
     return parameters(model) * (4 + optimizer_bytes_per_parameter(optimizer))
 
 
+class MfuRow(NamedTuple):
+    """One measured throughput, as a share of the peak by the FLOP count of `flops_per_token`."""
+
+    gpu: str
+    parameters: float
+    mfu: float
+    source: str
+    """Machine, commit and command."""
+
+
+_FOUNDRY = "llm-foundry 4952183, scripts/train/benchmarking/sweep.sh, seq 2048, {}"
+_REPORTED = "reported by users of these recipes without commit or command, 2x A6000, ZeRO-1, {}"
+MFU_ROWS = (
+    MfuRow("a100", 125e6, 0.4479, _FOUNDRY.format("8x A100 80GB")),
+    MfuRow("a100", 356e6, 0.5162, _FOUNDRY.format("8x A100 80GB")),
+    MfuRow("a100", 760e6, 0.5685, _FOUNDRY.format("8x A100 80GB")),
+    MfuRow("a100", 1316e6, 0.5986, _FOUNDRY.format("8x A100 80GB")),
+    MfuRow("a100", 2652e6, 0.6211, _FOUNDRY.format("8x A100 80GB")),
+    MfuRow("a100-40gb", 356e6, 0.4917, _FOUNDRY.format("8x A100 40GB, pure bf16")),
+    MfuRow("a100-40gb", 760e6, 0.5289, _FOUNDRY.format("8x A100 40GB, pure bf16")),
+    MfuRow("a100-40gb", 1316e6, 0.5623, _FOUNDRY.format("8x A100 40GB, pure bf16")),
+    MfuRow("a100-40gb", 2652e6, 0.5782, _FOUNDRY.format("8x A100 40GB, pure bf16")),
+    MfuRow("h100", 760e6, 0.3490, _FOUNDRY.format("8x H100 80GB")),
+    MfuRow("h100", 1316e6, 0.4182, _FOUNDRY.format("8x H100 80GB")),
+    MfuRow("h100", 2652e6, 0.4373, _FOUNDRY.format("16x H100 80GB")),
+    MfuRow("a6000", 1294e6, 0.364, _REPORTED.format("llama2_1.36b at 12-15k tokens/s, taken as 13.5k")),
+    MfuRow("a6000", 2224e6, 0.245, _REPORTED.format("llama3_2.2b at micro-batch 2")),
+)
+ASSUMED_MFU = 0.35  # assumption, for known hardware without a row: the low end of what is reported for 1B models in bf16
+
+
+def mfu_row(name: str, parameters: float) -> MfuRow:
+    """The measured row of a GPU nearest in log size; an assumption, which says so, where none was measured."""
+    rows = [row for row in MFU_ROWS if row.gpu == name]
+    if not rows:
+        return MfuRow(
+            name, parameters, ASSUMED_MFU, "assumption: not measured on this hardware; give --mfu, or run --measure there"
+        )
+    return min(rows, key=lambda row: abs(math.log(row.parameters / parameters)))
+
+
+def train_hours(flops: float, peak_flops: float, num_gpus: int, mfu: float) -> float:
+    """Hours of training = FLOPs / (MFU x peak x GPUs) / 3600."""
+    return flops / (mfu * peak_flops * num_gpus) / 3600
+
+
 class Launch(NamedTuple):
     """How a run is launched, as far as memory and time depend on it."""
 
@@ -198,8 +245,9 @@ def usable_bytes(gpu_memory_bytes: int) -> int:
 def predicted_memory(model: Gpt2Model | LlamaModel, training: Training, optimizer: Optimizer, launch: Launch) -> Memory:
     """Peak memory of one device, for fused attention (sdpa, flash), no dropout, no compile (which keeps less).
 
-    States: single and DDP hold 4 (weights) + 4 (gradients, DDP's buckets) + 8 bytes a parameter; ZeRO-1 as DeepSpeed does it with
-    bf16 weights and fp32 accumulation 2 + 4, and (4 + 8) / shards; FSDP2 (4 + 4 + 8) / shards, gradients reduced each micro-batch.
+    States: single and DDP hold 4 (weights) + 4 (gradients, which are DDP's buckets) + 8 bytes a parameter; ZeRO-1, as DeepSpeed
+    does it with bf16 weights and fp32 accumulation, 2 + 4 and (4 + 8) / shards; FSDP2 (4 + 4 + 8) / shards, with gradients
+    reduced every micro-batch. bf16 moments take 4 instead of 8.
     """
     n, shards, mode = parameters(model), launch.shards, launch.arithmetic
     moments = n * optimizer_bytes_per_parameter(optimizer) // shards

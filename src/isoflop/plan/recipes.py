@@ -1,0 +1,211 @@
+"""Every number of one recipe: what it is, what it costs, what it needs, and what the laws promise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from isoflop import cost
+from isoflop.data.manifest import FILE_NAME
+from isoflop.errors import UserError
+from isoflop.plan.launches import is_gpu, known_launches
+from isoflop.recipe import HubSource, Recipe
+from isoflop.scaling.laws import PUBLISHED, Law, critical_batch_tokens, effective_tokens, load_law
+
+# Tokens of a dataset's training split as its card states them (by another tokenizer: a few percent off), until it is prepared.
+STATED_TOKENS = {
+    ("DKYoon/SlimPajama-6B", None): 6e9,
+    ("cerebras/SlimPajama-627B", None): 627e9,
+    ("HuggingFaceFW/fineweb-edu", "sample-10BT"): 10e9,
+    ("HuggingFaceFW/fineweb-edu", "sample-100BT"): 100e9,
+}
+SHOWN_GPUS = ("rtx5090", "a6000", "a100", "h20", "h100", "h200")
+COMPUTE_OPTIMAL = 20  # tokens per parameter: the rule of thumb from Hoffmann et al. 2022, table 3
+FAR_ABOVE_CRITICAL = 2  # twice the critical batch: three times the tokens of a small-batch run (1 + B / B_crit)
+
+
+class Machine(NamedTuple):
+    """One kind of GPU as the user described it."""
+
+    name: str
+    peak_flops: float
+    memory_bytes: int | None
+    mfu: float | None
+    """As given; the table's where None."""
+
+    def mfu_for(self, parameters: float) -> tuple[float, str]:
+        """MFU and where it comes from."""
+        if self.mfu is not None:
+            return self.mfu, "given"
+        row = cost.mfu_row(self.name, parameters)
+        return row.mfu, row.source
+
+
+def machines(name: str | None, peak_tflops: float | None, mfu: float | None) -> list[Machine]:
+    """The GPU that the user named, or described by its peak; the usual ones where neither."""
+    if peak_tflops is not None:
+        memory = cost.GPUS[name].memory_bytes if name in cost.GPUS else None
+        return [Machine(name or "this GPU", peak_tflops * 1e12, memory, mfu)]
+    kinds = {kind: cost.gpu(kind) for kind in ((name,) if name else SHOWN_GPUS)}
+    return [Machine(kind, facts.peak_bf16_flops, facts.memory_bytes, mfu) for kind, facts in kinds.items()]
+
+
+def plan_recipe(
+    recipe: Recipe, name: str, law: Law, kinds: list[Machine], num_gpus: int = 2, price_per_gpu_hour: float | None = None
+) -> dict[str, Any]:
+    """All numbers of a recipe, at full precision, with their units in the keys."""
+    model, training = recipe.model, recipe.training
+    classes, parameters = cost.parameters_by_class(model), cost.parameters(model)
+    steps = training.num_steps(parameters)
+    tokens = steps * training.tokens_per_step
+    flops_per_token = cost.flops_per_token(model, training.sequence_length)
+    losses = {known: promised(load_law(known), recipe, tokens) for known in PUBLISHED}
+    losses[law.name] = promised(law, recipe, tokens)
+    chosen = losses[law.name]
+    critical = critical_batch_tokens(chosen["predicted_loss"])
+    repeated = repeated_data(recipe, tokens, law)
+    plan = {
+        "recipe": name,
+        "model": shape(model),
+        "parameters": {"total": parameters, "without_embedding": parameters - classes["embedding"] - classes["position"]}
+        | classes,
+        "sequence_length": training.sequence_length,
+        "flops_per_token": flops_per_token,
+        "flops_per_token_6n": 6 * parameters,
+        "flops": tokens * flops_per_token,
+        "tokens_per_step": training.tokens_per_step,
+        "steps": steps,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters,
+        "tokens_at_20_per_parameter": COMPUTE_OPTIMAL * parameters,
+        "steps_at_20_per_parameter": -(-COMPUTE_OPTIMAL * parameters // training.tokens_per_step),
+        "repeated_data": repeated,
+        "law": law.name,
+        "predicted_loss": chosen["predicted_loss"],
+        "predicted_loss_interval": chosen["predicted_loss_interval"],
+        "laws": losses,
+        "critical_batch_tokens": critical,
+    }
+    return plan | needs(recipe, plan, kinds, num_gpus, price_per_gpu_hour) | {"warnings": warnings(plan, law)}
+
+
+def shape(model: Any) -> dict[str, Any]:
+    """A shape under transformers' LLaMA names, for either class."""
+    s = cost.shape_of(model)
+    return {
+        "model_type": model.model_type,
+        "num_hidden_layers": s.num_layers,
+        "hidden_size": s.hidden_size,
+        "num_attention_heads": s.num_heads,
+        "num_key_value_heads": s.num_key_value_heads,
+        "head_dim": s.head_dim,
+        "intermediate_size": s.intermediate_size,
+        "vocab_size": s.vocab_size,
+        "tie_word_embeddings": s.tied,
+    }
+
+
+def promised(law: Law, recipe: Recipe, tokens: float) -> dict[str, Any]:
+    """What a law says of a recipe, and of the best split of as many FLOPs (C = 6 N D)."""
+    n = law.size(recipe.model)
+    best_n, best_d = law.optimum(6 * n * tokens)
+    return {
+        "predicted_loss": float(law.loss(n, tokens)),
+        "predicted_loss_interval": law.interval(n, tokens),
+        "counted_parameters": n,
+        "optimal_parameters": best_n,
+        "optimal_tokens": best_d,
+        "optimal_tokens_per_parameter": best_d / best_n,
+        "optimal_predicted_loss": float(law.loss(best_n, best_d)),
+        "extrapolates": law.extrapolates(n, tokens),
+    }
+
+
+def repeated_data(recipe: Recipe, tokens: int, law: Law) -> dict[str, Any] | None:
+    """Epochs, and what the repetition costs; None where the dataset's size is not known before it is prepared."""
+    unique, source = dataset_tokens(recipe)
+    if unique is None:
+        return None
+    worth = effective_tokens(tokens, unique)
+    return {
+        "unique_tokens": unique,
+        "unique_tokens_source": source,
+        "epochs": tokens / unique,
+        "effective_tokens": worth,
+        "predicted_loss": float(law.loss(law.size(recipe.model), worth)),
+    }
+
+
+def dataset_tokens(recipe: Recipe) -> tuple[float | None, str]:
+    """Training tokens of a recipe's data: counted where it is prepared, as its card states them where it is not."""
+    manifest = Path(recipe.data.prepared_dir) / FILE_NAME
+    if manifest.is_file():
+        try:
+            counts = json.loads(manifest.read_text(encoding="utf-8"))
+            return counts["splits"]["train"]["windows"] * counts["sequence_length"], f"counted, {manifest}"
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{manifest} is not a manifest; run: python scripts/prepare.py RECIPE") from None
+    source = recipe.data.source
+    stated = STATED_TOKENS.get((source.name, source.config)) if isinstance(source, HubSource) else None
+    return stated, "stated on the dataset's card"
+
+
+def needs(
+    recipe: Recipe, plan: dict[str, Any], kinds: list[Machine], num_gpus: int, price_per_gpu_hour: float | None
+) -> dict[str, Any]:
+    """Memory of every launch, the largest micro-batch on every GPU, hours, and dollars."""
+    model, training, optimizer = recipe.model, recipe.training, recipe.optimizer
+    launches = known_launches(num_gpus)
+    parts = {x.name: cost.predicted_memory(model, training, optimizer, x) for x in launches}
+    on_gpu = [launch for launch in launches if is_gpu(launch)]
+    mfu = {kind.name: kind.mfu_for(plan["parameters"]["total"]) for kind in kinds}
+    hours = {
+        launch.name: {
+            kind.name: cost.train_hours(plan["flops"], kind.peak_flops, launch.num_processes, mfu[kind.name][0]) for kind in kinds
+        }
+        for launch in on_gpu
+    }
+    gpu_hours = {kind.name: cost.train_hours(plan["flops"], kind.peak_flops, 1, mfu[kind.name][0]) for kind in kinds}
+    return {
+        "memory_bytes": {name: memory.total for name, memory in parts.items()},
+        "memory_by_part_bytes": {name: memory._asdict() for name, memory in parts.items()},
+        "largest_micro_batch": {
+            launch.name: {
+                kind.name: cost.largest_micro_batch(model, training, optimizer, launch, kind.memory_bytes)
+                for kind in kinds
+                if kind.memory_bytes is not None
+            }
+            for launch in on_gpu
+        },
+        "mfu": {name: {"mfu": value, "source": source} for name, (value, source) in mfu.items()},
+        "peak_flops_per_s": {kind.name: kind.peak_flops for kind in kinds},
+        "hours": hours,
+        "gpu_hours": gpu_hours,
+        "dollars": price_per_gpu_hour and {name: value * price_per_gpu_hour for name, value in gpu_hours.items()},
+    }
+
+
+def warnings(plan: dict[str, Any], law: Law) -> list[str]:
+    """What a user should know before three weeks of GPU time."""
+    found = []
+    ratio = plan["tokens_per_parameter"]
+    if ratio < COMPUTE_OPTIMAL / 2:
+        found.append(
+            f"D/N is {ratio:.1f}, under half of {COMPUTE_OPTIMAL}: a smaller model on more tokens would be better for its FLOPs"
+        )
+    repeated = plan["repeated_data"]
+    if repeated and repeated["epochs"] > 1:
+        extra = repeated["predicted_loss"] - plan["predicted_loss"]
+        found.append(
+            f"{repeated['epochs']:.2f} epochs: {plan['tokens']:,} tokens of {repeated['unique_tokens']:,.0f}"
+            f" ({repeated['unique_tokens_source']}) are worth {repeated['effective_tokens']:,.0f} fresh ones: {extra:+.4f} nats"
+        )
+    if plan["tokens_per_step"] > FAR_ABOVE_CRITICAL * plan["critical_batch_tokens"]:
+        found.append(
+            f"training.tokens_per_step = {plan['tokens_per_step']:,} is {plan['tokens_per_step'] / plan['critical_batch_tokens']:.1f}"
+            f" times the critical batch of {plan['critical_batch_tokens']:,.0f} tokens: most of a step is wasted; lower it"
+        )
+    if beyond := plan["laws"][law.name]["extrapolates"]:
+        found.append(f"law {law.name} is extrapolated: {'; '.join(beyond)}")
+    return found

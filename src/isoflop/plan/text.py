@@ -1,0 +1,248 @@
+"""Plans as text for a terminal: each number with its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from isoflop import cost
+from isoflop.plan.recipes import COMPUTE_OPTIMAL
+
+GIB = cost.GIB
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """Columns padded to their widest entry, the first to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def gib(count: float) -> str:
+    """Bytes as GiB."""
+    return f"{count / GIB:.2f}" if count >= GIB / 10 else f"{count / GIB:.4f}"
+
+
+def duration(hours: float) -> str:
+    """Hours as what a reader takes in at once."""
+    if hours >= 48:
+        return f"{hours / 24:,.1f} d"
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+
+
+def span(interval: tuple[float, float] | None) -> str:
+    """A loss interval, 10th to 90th percentile."""
+    return f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-"
+
+
+def recipe_text(plan: dict[str, Any]) -> str:
+    """The whole of one recipe's plan."""
+    blocks = [_size(plan), _promise(plan), _memory(plan), _time(plan), warnings_text(plan)]
+    if plan.get("measured"):
+        blocks.insert(4, _measured(plan))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _size(plan: dict[str, Any]) -> str:
+    m, p, s = plan["model"], plan["parameters"], plan["sequence_length"]
+    width = m["num_attention_heads"] * m["head_dim"]
+    classes = ", ".join(f"{name} {p[name]:,}" for name in ("embedding", "position", "attention", "ffn", "norm", "head"))
+    data = plan["repeated_data"]
+    epochs = (
+        f"\nepochs: {data['epochs']:.2f} of {data['unique_tokens']:,.0f} tokens ({data['unique_tokens_source']})" if data else ""
+    )
+    return (
+        f"{plan['recipe']}: {m['model_type']}, {m['num_hidden_layers']} layers x {m['hidden_size']},"
+        f" {m['num_attention_heads']} heads ({m['num_key_value_heads']} key-value) of {m['head_dim']}, feed-forward"
+        f" {m['intermediate_size']}, vocabulary {m['vocab_size']:,}{', tied' if m['tie_word_embeddings'] else ''}\n"
+        f"parameters N: {p['total']:,} = {classes}; without embedding {p['without_embedding']:,}\n"
+        f"FLOPs per token: {plan['flops_per_token']:,} = 3 x (2 x matmul parameters + 4 x {s} x {width} x"
+        f" {m['num_hidden_layers']} layers); 6N = {plan['flops_per_token_6n']:,}\n"
+        f"tokens D: {plan['tokens']:,} = {plan['steps']:,} steps x {plan['tokens_per_step']:,};"
+        f" {plan['flops']:.4g} FLOPs = D x FLOPs per token\n"
+        f"D/N: {plan['tokens_per_parameter']:.2f}; {COMPUTE_OPTIMAL}N = {plan['tokens_at_20_per_parameter']:,} tokens ="
+        f" {plan['steps_at_20_per_parameter']:,} steps{epochs}\n"
+        f"tokens per step: {plan['tokens_per_step']:,}; critical batch 2e8 / loss^(1/0.21) ="
+        f" {plan['critical_batch_tokens']:,.0f} tokens, so 1 + B/B_crit ="
+        f" {1 + plan['tokens_per_step'] / plan['critical_batch_tokens']:.2f} times the tokens of a small-batch run"
+    )
+
+
+def _promise(plan: dict[str, Any]) -> str:
+    rows = [
+        [
+            ("* " if name == plan["law"] else "  ") + name,
+            f"{law['predicted_loss']:.4f}",
+            span(law["predicted_loss_interval"]),
+            f"{law['optimal_parameters']:.3g}",
+            f"{law['optimal_tokens']:.3g}",
+            f"{law['optimal_tokens_per_parameter']:.1f}",
+            f"{law['optimal_predicted_loss']:.4f}",
+        ]
+        for name, law in plan["laws"].items()
+    ]
+    header = ["  law", "loss", "10% to 90%", "best N", "best D", "best D/N", "loss there"]
+    return (
+        "predicted loss, nats per token of the law's own data and tokenizer; best: the same FLOPs split by the law (C = 6ND)\n"
+        + table(header, rows)
+    )
+
+
+def _memory(plan: dict[str, Any]) -> str:
+    kinds = list(next(iter(plan["largest_micro_batch"].values())))
+    rows = []
+    for launch, parts in plan["memory_by_part_bytes"].items():
+        largest = plan["largest_micro_batch"].get(launch, {})
+        rows.append(
+            [
+                launch,
+                *map(gib, parts.values()),
+                gib(plan["memory_bytes"][launch]),
+                *(str(largest.get(kind, "-")) for kind in kinds),
+            ]
+        )
+    header = ["launch", "weights", "grads", "moments", "copies", "activations", "loss", "total", *kinds]
+    return (
+        "memory per device, GiB, at the recipe's micro-batch (peak of tensors; CUDA context and 5% fragmentation come on top);"
+        " under each GPU the largest micro-batch that fits, 0: none\n" + table(header, rows)
+    )
+
+
+def _time(plan: dict[str, Any]) -> str:
+    rows = []
+    for kind, gpu_hours in plan["gpu_hours"].items():
+        mfu, peak = plan["mfu"][kind], plan["peak_flops_per_s"][kind]
+        tokens_per_s = mfu["mfu"] * peak / plan["flops_per_token"]
+        dollars = f"{plan['dollars'][kind]:,.0f} $" if plan["dollars"] else "-"
+        by_count = {launch.split("_")[0]: hours[kind] for launch, hours in plan["hours"].items()}
+        rows.append(
+            [kind, f"{peak / 1e12:g}", f"{mfu['mfu']:.1%}", f"{tokens_per_s:,.0f}", *map(duration, by_count.values()),
+             f"{gpu_hours:,.1f}", dollars, f"  {mfu['source']}"]
+        )  # fmt: skip
+    counts = list(dict.fromkeys(launch.split("_")[0] for launch in plan["hours"]))
+    header = ["GPU", "peak TFLOP/s", "MFU", "tokens/s each", *counts, "GPU-hours", "cost", "  MFU from"]
+    return "time = D x FLOPs per token / (MFU x peak x GPUs); tokens/s = MFU x peak / FLOPs per token\n" + table(header, rows)
+
+
+def _measured(plan: dict[str, Any]) -> str:
+    m = plan["measured"]
+    mfu = f"{m['mfu']:.1%}" if m["mfu"] else "n/a"
+    return (
+        f"measured on this machine ({m['device']}, {m['arithmetic']}, {m['micro_batches']} micro-batches of"
+        f" {m['micro_batch_size']} x {m['sequence_length']}): {m['tokens_per_s']:,.0f} tokens/s, MFU {mfu};"
+        f" the whole run takes {duration(m['hours'])} at that pace\n"
+        f"memory: predicted {m['predicted_memory_bytes']:,} bytes of tensors; PyTorch's tracker over fake tensors"
+        f" {m['tracked_memory_bytes']:,} ({m['predicted_memory_bytes'] / m['tracked_memory_bytes'] - 1:+.2%});"
+        f" {m['peak_memory_kind']} {m['peak_memory_bytes']:,}"
+    )
+
+
+def warnings_text(plan: dict[str, Any]) -> str:
+    """One line each."""
+    return "\n".join(f"warning: {warning}" for warning in plan["warnings"])
+
+
+def budget_text(plan: dict[str, Any]) -> str:
+    """The whole of a search."""
+    spent = plan["budget"]
+    lines = [f"budget: {plan['flops']:.4g} FLOPs"]
+    if "gpu" in spent:
+        lines[0] += (
+            f" = {spent['num_gpus']} x {spent['gpu']} x {spent['hours']:,.1f} h x {spent['peak_flops_per_s'] / 1e12:g} TFLOP/s"
+            f" x MFU {spent['mfu']:.1%} ({spent['mfu_source']})" + (f"; {spent['dollars']:,.0f} $" if spent["dollars"] else "")
+        )
+    lines.append(
+        f"family {plan['family']}, windows of {plan['sequence_length']}, law {plan['law']}; {plan['num_shapes']} shapes, D of each"
+        " = FLOPs / FLOPs per token"
+    )
+    held = plan["tokens_per_parameter_constraint"]
+    title = f"D/N from {held[0]:g} to {held[1]:g}" if held else "any D/N"
+    lines += [f"\nbest with {title}, and all within 0.001 nats of it", candidates_text(plan["near_optimal"])]
+    if plan["near_20_tokens_per_parameter"] and not held:
+        lines += ["\nbest with D near 20N (10 to 30 tokens a parameter)", candidates_text(plan["near_20_tokens_per_parameter"])]
+    by_law = plan["best_by_law"]
+    if by_law:
+        lines += ["\nwhat each law would choose", candidates_text(list(by_law.values()), list(by_law))]
+    hours = ", ".join(f"{kind} {value:,.0f}" for kind, value in plan["gpu_hours"].items())
+    lines.append(f"\nGPU-hours of the best (FLOPs / (MFU x peak)): {hours}")
+    if plan["warnings"]:
+        lines.append("\n" + warnings_text(plan))
+    return "\n".join(lines)
+
+
+def candidates_text(candidates: list[dict[str, Any]], names: list[str] | None = None) -> str:
+    """Shapes, one a row."""
+    header = ["layers", "width", "heads (kv)", "head dim", "FFN", "N", "D", "D/N", "loss", "10% to 90%", "edge"]
+    rows = [
+        [
+            str(c["num_hidden_layers"]),
+            str(c["hidden_size"]),
+            f"{c['num_attention_heads']} ({c['num_key_value_heads']})",
+            str(c["head_dim"]),
+            str(c["intermediate_size"]),
+            f"{c['parameters'] / 1e9:.4f}B",
+            f"{c['tokens'] / 1e9:.3f}B",
+            f"{c['tokens_per_parameter']:.1f}",
+            f"{c['predicted_loss']:.4f}",
+            span(c["predicted_loss_interval"]),
+            "yes" if c["on_grid_edge"] else "no",
+        ]
+        for c in candidates
+    ]
+    if names is None:
+        return table(header, rows)
+    return table(["law", *header], [[name, *row] for name, row in zip(names, rows, strict=True)])
+
+
+def compare_text(plans: list[dict[str, Any]], num_gpus: int) -> str:
+    """The founding comparison: one row a recipe."""
+    kinds = list(plans[0]["gpu_hours"])
+    launches = [name for name in plans[0]["hours"] if name.split("_")[0] in ("1gpu", f"{num_gpus}gpu")]
+    header = ["recipe", "N", "D", "20N", "D/N", "steps", "steps to 20N", "loss"]
+    sizes = [
+        [
+            plan["recipe"],
+            f"{plan['parameters']['total']:,}",
+            f"{plan['tokens'] / 1e9:.2f}B",
+            f"{plan['tokens_at_20_per_parameter'] / 1e9:.2f}B",
+            f"{plan['tokens_per_parameter']:.1f}",
+            f"{plan['steps']:,}",
+            f"{plan['steps_at_20_per_parameter']:,}",
+            f"{plan['predicted_loss']:.4f}",
+        ]
+        for plan in plans
+    ]
+    memory = [[plan["recipe"], *(gib(plan["memory_bytes"][launch]) for launch in launches)] for plan in plans]
+    hours = [[plan["recipe"], *(duration(plan["gpu_hours"][kind] / num_gpus) for kind in kinds)] for plan in plans]
+    return (
+        f"loss by law {plans[0]['law']}\n{table(header, sizes)}\n\n"
+        f"memory per GPU, GiB, at each recipe's micro-batch\n{table(['recipe', *launches], memory)}\n\n"
+        f"time on {num_gpus} GPUs = D x FLOPs per token / (MFU x peak x GPUs)\n{table(['recipe', *kinds], hours)}\n\n"
+        + "\n".join(f"warning: {plan['recipe']}: {warning}" for plan in plans for warning in plan["warnings"])
+    )
+
+
+def models_text(models: list[dict[str, Any]]) -> str:
+    """The published shapes."""
+    header = ["model", "layers", "width", "heads (kv)", "FFN", "context", "vocabulary", "N", "D", "D/N", "FLOPs", "6ND"]
+    rows = [
+        [
+            m["name"],
+            str(m["num_hidden_layers"]),
+            str(m["hidden_size"]),
+            f"{m['num_attention_heads']} ({m['num_key_value_heads']})",
+            str(m["intermediate_size"]),
+            f"{m['context']:,}",
+            f"{m['vocab_size']:,}",
+            f"{m['parameters']:,}",
+            f"{m['tokens'] / 1e12:g}T" if m["tokens"] else "-",
+            f"{m['tokens_per_parameter']:.1f}" if m["tokens"] else "-",
+            f"{m['flops']:.3g}" if m["tokens"] else "-",
+            f"{m['flops_6nd']:.3g}" if m["tokens"] else "-",
+        ]
+        for m in models
+    ]
+    return table(header, rows) + "\nany of these is a --family; plan.py models NAME shows one whole, --write makes it a recipe"
