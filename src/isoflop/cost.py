@@ -190,7 +190,8 @@ def mfu_row(name: str, parameters: float) -> MfuRow:
         return MfuRow(
             name, parameters, ASSUMED_MFU, "assumption: not measured on this hardware; give --mfu, or run --measure there"
         )
-    return min(rows, key=lambda row: abs(math.log(row.parameters / parameters)))
+    closest = min(rows, key=lambda row: abs(math.log(row.parameters / parameters)))
+    return closest._replace(source=f"{closest.source}, {closest.parameters / 1e6:,.0f}M parameters")
 
 
 def train_hours(flops: float, peak_flops: float, num_gpus: int, mfu: float) -> float:
@@ -263,11 +264,18 @@ def predicted_memory(model: Gpt2Model | LlamaModel, training: Training, optimize
     tokens = training.micro_batch_size * training.sequence_length
     layer_bytes = tokens * layer_activation_bytes(model, mode)
     loss, backward = _loss_bytes(model, tokens, mode), tokens * _backward_bytes(model, mode)
+    kept = shape_of(model).num_layers * layer_bytes
     if training.activation_checkpointing:
         stream = 2 if mode == "bf16" else 4
         kept = tokens * shape_of(model).num_layers * stream * shape_of(model).hidden_size
-        return Memory(weights, gradients, moments, copies, kept, max(loss, layer_bytes + backward - copies))
-    return Memory(weights, gradients, moments, copies, shape_of(model).num_layers * layer_bytes, max(loss, backward))
+        loss = max(loss, layer_bytes + backward - copies)
+    memory = Memory(weights, gradients, moments, copies, kept, max(loss, backward))
+    micro_batches = training.tokens_per_step // (tokens * launch.num_processes)
+    if micro_batches == 1 and launch.engine in ("single", "fsdp2"):
+        # Gradients come as activations go: the peak is before the first or after the last of them.
+        before, after = memory._replace(gradients=0), memory._replace(weight_copies=0, activations=layer_bytes, loss=backward)
+        return max(before, after, key=lambda moment: moment.total)
+    return memory
 
 
 def layer_activation_bytes(model: Gpt2Model | LlamaModel, arithmetic: Literal["fp32", "autocast", "bf16"]) -> int:

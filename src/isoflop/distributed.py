@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from isoflop.errors import UserError, nearest
 from isoflop.recipe import Output
@@ -38,6 +38,8 @@ def build_accelerator(output: Output) -> Accelerator:
         cpu=not torch.accelerator.is_available(),  # else accelerate starts unconnected processes on a machine without GPUs
         log_with=trackers or None,
         project_dir=output.run_dir,
+        # Gradients live in DDP's buckets instead of beside them: 4 bytes a parameter less.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     check_launch(accelerator)
     return accelerator

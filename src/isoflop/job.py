@@ -23,6 +23,7 @@ from isoflop.data.tokenizers import tokenizer_hash
 from isoflop.data.windows import Windows
 from isoflop.distributed import StopRequest
 from isoflop.errors import UserError
+from isoflop.metrics import peak_memory_bytes
 from isoflop.modeling.build import build_config, build_model, decoder_layers
 from isoflop.modeling.loss import TrainingModel
 from isoflop.optim import build_optimizer
@@ -52,6 +53,8 @@ class Job:
     num_steps: int
     accumulation: int
     """Micro-batches of one process in one optimizer step."""
+    memory_before_bytes: int
+    """Peak of the process before the model was built: on CPU interpreter and libraries, on a GPU nothing."""
 
     def batch(self, step: int) -> torch.Tensor:
         """This process's ids of a 0-based step on its device, (accumulation, micro_batch_size, sequence_length)."""
@@ -70,6 +73,12 @@ class Job:
         count = min(size, self.recipe.evaluation.max_windows or size)
         return permute(np.arange(count), size, self.recipe.data.split_seed, epoch=0)
 
+    def predicted_memory_bytes(self) -> int:
+        """Peak of one process: the prediction for its tensors, and what it held before the model."""
+        recipe, launch = self.recipe, launch_of(self.accelerator)
+        memory = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, launch)
+        return memory.total + self.memory_before_bytes
+
     def mfu(self, tokens_per_s: float) -> float | None:
         """Share of the datasheet FLOP/s of all devices that a rate makes use of; None where the hardware is not known."""
         if self.accelerator.device.type != "cuda":
@@ -77,6 +86,12 @@ class Job:
         peak = cost.peak_bf16_flops(torch.cuda.get_device_name(self.accelerator.device))
         flops_per_token = cost.flops_per_token(self.recipe.model, self.recipe.training.sequence_length)
         return peak and tokens_per_s * flops_per_token / (peak * self.accelerator.num_processes)
+
+
+def launch_of(accelerator: Accelerator) -> cost.Launch:
+    """This launch, as the memory prediction has it."""
+    processes = accelerator.num_processes
+    return cost.Launch("this", "ddp" if processes > 1 else "single", processes, accelerator.mixed_precision == "bf16")
 
 
 def check_data(recipe: Recipe, is_main: bool) -> Manifest:
@@ -108,19 +123,9 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
     """Model, optimizer and data of a run. Raises `UserError` when launch and recipe do not fit."""
     accumulation = require_whole_steps(recipe.training, accelerator.num_processes)
     accelerator.gradient_accumulation_steps = accumulation
+    before = peak_memory_bytes(accelerator.device)
     facts = manifest.tokenizer
-    fields = recipe.model.model_dump(exclude={"depth_scaled_init"})
-    config = build_config(fields, eos_token_id=facts.eos_token_id, bos_token_id=facts.bos_token_id)
-    try:
-        causal_lm = build_model(config, recipe.model.depth_scaled_init, recipe.seed)
-    except ImportError as error:
-        raise UserError(f"model.attn_implementation = {recipe.model.attn_implementation!r}: {error}") from None
-    if recipe.training.activation_checkpointing:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    if recipe.training.compile:
-        for layer in decoder_layers(causal_lm):
-            layer.compile()
-    training_model = TrainingModel(causal_lm).train().to(accelerator.device)
+    training_model = build_training_model(recipe, facts.eos_token_id, facts.bos_token_id).to(accelerator.device)
     model, optimizer = accelerator.prepare(training_model, build_optimizer(training_model, recipe.optimizer, accelerator.device))
     prepared_dir = recipe.data.prepared_dir
     return Job(
@@ -132,12 +137,28 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
         tokenizer=AutoTokenizer.from_pretrained(Path(prepared_dir) / "tokenizer"),
         train_windows=Windows(prepared_dir, manifest.splits["train"], manifest.sequence_length),
         validation_windows=Windows(prepared_dir, manifest.splits["validation"], manifest.sequence_length),
-        causal_lm=causal_lm,
+        causal_lm=training_model.causal_lm,
         model=model,
         optimizer=optimizer,
         num_steps=recipe.training.num_steps(cost.parameters(recipe.model)),
         accumulation=accumulation,
+        memory_before_bytes=before,
     )
+
+
+def build_training_model(recipe: Recipe, eos_token_id: int, bos_token_id: int | None) -> TrainingModel:
+    """The recipe's model with its initial weights, wrapped for training, on the default device."""
+    config = build_config(recipe.model.model_dump(exclude={"depth_scaled_init"}), eos_token_id, bos_token_id)
+    try:
+        causal_lm = build_model(config, recipe.model.depth_scaled_init, recipe.seed)
+    except ImportError as error:
+        raise UserError(f"model.attn_implementation = {recipe.model.attn_implementation!r}: {error}") from None
+    if recipe.training.activation_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.training.compile:
+        for layer in decoder_layers(causal_lm):
+            layer.compile()
+    return TrainingModel(causal_lm).train()
 
 
 def describe(job: Job) -> list[str]:
@@ -147,7 +168,8 @@ def describe(job: Job) -> list[str]:
     tokens = job.num_steps * training.tokens_per_step
     flops = cost.flops_per_token(recipe.model, training.sequence_length)
     device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
-    moments = cost.optimizer_bytes_per_parameter(recipe.optimizer)
+    memory = cost.predicted_memory(recipe.model, training, recipe.optimizer, launch_of(accelerator))
+    parts = " + ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in memory._asdict().items() if count)
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     checkpoint_bytes = cost.checkpoint_bytes(recipe.model, recipe.optimizer)
     lines = [
@@ -158,8 +180,8 @@ def describe(job: Job) -> list[str]:
         f" products, {torch.get_num_threads()} CPU thread(s) each;"
         f" {training.tokens_per_step:,} tokens a step = {training.sequence_length} x micro-batch {training.micro_batch_size}"
         f" x accumulation {job.accumulation} x {accelerator.num_processes}",
-        f"memory: weights, gradients and moments take (4 + 4 + {moments}) bytes x parameters ="
-        f" {parameters * (8 + moments):,} bytes a process ({recipe.optimizer.moments_dtype} moments); activations come on top",
+        f"memory: {job.predicted_memory_bytes():,} bytes a process at the peak = {parts}"
+        + (f" + {job.memory_before_bytes:,} of the process before the model was built" if job.memory_before_bytes else ""),
         f"disk: a checkpoint takes about {checkpoint_bytes:,} bytes, {recipe.output.keep_last} are kept"
         f" and one more is being written; {job.folder.free_bytes():,} bytes are free at {job.folder.path}",
     ]

@@ -66,6 +66,7 @@ def summarize(job: Job, rows: list[Row]) -> dict[str, Any]:
         "unigram_entropy_nats": split.unigram_entropy_nats,
         "tokens_per_s": tokens_per_s,
         "mfu": job.mfu(tokens_per_s),
+        "predicted_memory_bytes": job.predicted_memory_bytes(),
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
         "elapsed_s": last["elapsed_s"],
     }
@@ -79,7 +80,8 @@ def report(folder: RunFolder, summary: dict[str, Any]) -> None:
         f"validation loss {s['val_loss']:.4f} nats per token ({s['bits_per_byte']:.4f} bits per byte);"
         f" token frequencies alone: {s['unigram_entropy_nats']:.4f}\n"
         f"{s['tokens']:,} tokens in {s['steps']:,} steps, {s['elapsed_s']:,.0f} s; median {s['tokens_per_s']:,.0f} tokens/s,"
-        f" MFU {mfu}; peak memory {s['peak_memory_bytes']:,} bytes"
+        f" MFU {mfu}\npeak memory {s['peak_memory_bytes']:,} bytes, predicted {s['predicted_memory_bytes']:,}"
+        f" ({s['predicted_memory_bytes'] / s['peak_memory_bytes'] - 1:+.1%})"
     )
     for text in s["samples"]:
         print(f"sample: {text}")

@@ -134,7 +134,7 @@ def train_step(job: Job, step: int) -> Row | None:
                     norms = layer_norms(job.causal_lm)
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # DDP's buckets, once filled, are the gradients
     total_loss = reduce_sum(accelerator, loss_sum)
     tokens_per_s = recipe.training.tokens_per_step / (time.perf_counter() - started)
     row = {
@@ -159,7 +159,7 @@ def settle_buckets(job: Job) -> None:
     """
     if job.accelerator.num_processes > 1:
         job.accelerator.backward(job.model(job.batch(step=0)[0]))
-        job.optimizer.zero_grad()
+        job.optimizer.zero_grad(set_to_none=False)
 
 
 def measure(job: Job, log: MetricsLog, row: Row) -> bool:

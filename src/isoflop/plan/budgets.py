@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from isoflop import cost
 from isoflop.errors import UserError
-from isoflop.families import Family
+from isoflop.families import ASPECT_RATIO, Family
 from isoflop.plan.recipes import Machine, shape
 from isoflop.scaling.laws import PUBLISHED, Law, load_law
 from isoflop.search import NEAR_20N, NEAR_OPTIMAL_NATS, Candidate, near_optimal, search
@@ -114,16 +114,16 @@ def described(candidate: Candidate, members: Family, law: Law) -> dict[str, Any]
 def _warnings(best: Candidate, ties: list[Candidate], members: Family, law: Law) -> list[str]:
     found = []
     if best.on_grid_edge:
-        layers, widths = members.layers, members.widths
+        layers, widths, (low, high) = members.layers, members.widths, ASPECT_RATIO
         found.append(
-            f"the best shape lies on the edge of the grid (layers {layers[0]} to {layers[-1]}, widths {widths[0]} to {widths[-1]},"
-            " width / layers 16 to 256): a still better one may lie outside, or the optimum is flat there"
+            f"the best shape lies on the edge of the grid (layers {layers[0]} to {layers[-1]}, widths {widths[0]} to"
+            f" {widths[-1]}, width / layers {low} to {high}): a still better one may lie outside it"
         )
     if len(ties) > 1:
         sizes = [candidate.parameters for candidate in ties]
         found.append(
-            f"{len(ties)} shapes from {min(sizes):,} to {max(sizes):,} parameters lie within {NEAR_OPTIMAL_NATS} nats: no law tells"
-            " them apart; choose by speed, memory or what comes after training"
+            f"{len(ties)} shapes from {min(sizes):,} to {max(sizes):,} parameters lie within {NEAR_OPTIMAL_NATS} nats: no law"
+            " tells them apart; choose by speed, memory or what comes after training"
         )
     if beyond := law.extrapolates(law.size(best.model), best.tokens):
         found.append(f"law {law.name} is extrapolated: {'; '.join(beyond)}")

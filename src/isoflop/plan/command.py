@@ -157,9 +157,9 @@ def _target(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]
         "flops_per_token": cost.flops_per_token(model, members.sequence_length),
     }
     rendered = (
-        f"family {members.name}: {s.num_layers} layers, d_model {s.hidden_size}, {s.num_heads} heads of {s.head_dim}, feed-forward"
-        f" {s.intermediate_size}\n12 layers width^2 = {12 * s.num_layers * s.hidden_size**2:,}; parameters of the {members.name}"
-        f" shape with its vocabulary: {n:,}"
+        f"family {members.name}: {s.num_layers} layers, d_model {s.hidden_size}, {s.num_heads} heads of {s.head_dim},"
+        f" feed-forward {s.intermediate_size}\n12 layers width^2 = {12 * s.num_layers * s.hidden_size**2:,};"
+        f" parameters of the {members.name} shape with its vocabulary: {n:,}"
     )
     if options.write:
         tokens = float(COMPUTE_OPTIMAL * n)

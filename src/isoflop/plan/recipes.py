@@ -22,6 +22,7 @@ STATED_TOKENS = {
 }
 SHOWN_GPUS = ("rtx5090", "a6000", "a100", "h20", "h100", "h200")
 COMPUTE_OPTIMAL = 20  # tokens per parameter: the rule of thumb from Hoffmann et al. 2022, table 3
+WORTH_SAYING_NATS = 0.01  # about what two seeds of one run differ by
 FAR_ABOVE_CRITICAL = 2  # twice the critical batch: three times the tokens of a small-batch run (1 + B / B_crit)
 
 
@@ -189,23 +190,23 @@ def needs(
 def warnings(plan: dict[str, Any], law: Law) -> list[str]:
     """What a user should know before three weeks of GPU time."""
     found = []
-    ratio = plan["tokens_per_parameter"]
-    if ratio < COMPUTE_OPTIMAL / 2:
+    promise, repeated, batch = plan["laws"][law.name], plan["repeated_data"], plan["tokens_per_step"]
+    if (lost := promise["predicted_loss"] - promise["optimal_predicted_loss"]) > WORTH_SAYING_NATS:
         found.append(
-            f"D/N is {ratio:.1f}, under half of {COMPUTE_OPTIMAL}: a smaller model on more tokens would be better for its FLOPs"
+            f"D/N {plan['tokens_per_parameter']:.1f}: the same FLOPs split by law {law.name}, {promise['optimal_parameters']:.3g}"
+            f" parameters on {promise['optimal_tokens']:.3g} tokens, would reach a loss {lost:.4f} nats lower"
         )
-    repeated = plan["repeated_data"]
     if repeated and repeated["epochs"] > 1:
         extra = repeated["predicted_loss"] - plan["predicted_loss"]
         found.append(
             f"{repeated['epochs']:.2f} epochs: {plan['tokens']:,} tokens of {repeated['unique_tokens']:,.0f}"
             f" ({repeated['unique_tokens_source']}) are worth {repeated['effective_tokens']:,.0f} fresh ones: {extra:+.4f} nats"
         )
-    if plan["tokens_per_step"] > FAR_ABOVE_CRITICAL * plan["critical_batch_tokens"]:
+    if batch > FAR_ABOVE_CRITICAL * (critical := plan["critical_batch_tokens"]):
         found.append(
-            f"training.tokens_per_step = {plan['tokens_per_step']:,} is {plan['tokens_per_step'] / plan['critical_batch_tokens']:.1f}"
-            f" times the critical batch of {plan['critical_batch_tokens']:,.0f} tokens: most of a step is wasted; lower it"
+            f"training.tokens_per_step = {batch:,} is {batch / critical:.1f} times the critical batch of {critical:,.0f} tokens:"
+            f" the same loss takes {1 + batch / critical:.1f} times the tokens of a small-batch run; lower it"
         )
-    if beyond := plan["laws"][law.name]["extrapolates"]:
+    if beyond := promise["extrapolates"]:
         found.append(f"law {law.name} is extrapolated: {'; '.join(beyond)}")
     return found

@@ -30,7 +30,9 @@ def duration(hours: float) -> str:
     """Hours as what a reader takes in at once."""
     if hours >= 48:
         return f"{hours / 24:,.1f} d"
-    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.2f} s"
 
 
 def span(interval: tuple[float, float] | None) -> str:
@@ -120,11 +122,13 @@ def _time(plan: dict[str, Any]) -> str:
         by_count = {launch.split("_")[0]: hours[kind] for launch, hours in plan["hours"].items()}
         rows.append(
             [kind, f"{peak / 1e12:g}", f"{mfu['mfu']:.1%}", f"{tokens_per_s:,.0f}", *map(duration, by_count.values()),
-             f"{gpu_hours:,.1f}", dollars, f"  {mfu['source']}"]
+             f"{gpu_hours:,.1f}", dollars]
         )  # fmt: skip
+    sources = [f"  MFU of {kind}: {mfu['source']}" for kind, mfu in plan["mfu"].items()]
     counts = list(dict.fromkeys(launch.split("_")[0] for launch in plan["hours"]))
-    header = ["GPU", "peak TFLOP/s", "MFU", "tokens/s each", *counts, "GPU-hours", "cost", "  MFU from"]
-    return "time = D x FLOPs per token / (MFU x peak x GPUs); tokens/s = MFU x peak / FLOPs per token\n" + table(header, rows)
+    header = ["GPU", "peak TFLOP/s", "MFU", "tokens/s each", *counts, "GPU-hours", "cost"]
+    formula = "time = D x FLOPs per token / (MFU x peak x GPUs); tokens/s = MFU x peak / FLOPs per token"
+    return "\n".join([formula, table(header, rows), *sources])
 
 
 def _measured(plan: dict[str, Any]) -> str:
@@ -155,8 +159,8 @@ def budget_text(plan: dict[str, Any]) -> str:
             f" x MFU {spent['mfu']:.1%} ({spent['mfu_source']})" + (f"; {spent['dollars']:,.0f} $" if spent["dollars"] else "")
         )
     lines.append(
-        f"family {plan['family']}, windows of {plan['sequence_length']}, law {plan['law']}; {plan['num_shapes']} shapes, D of each"
-        " = FLOPs / FLOPs per token"
+        f"family {plan['family']}, windows of {plan['sequence_length']}, law {plan['law']}; {plan['num_shapes']} shapes,"
+        " D of each = FLOPs / FLOPs per token"
     )
     held = plan["tokens_per_parameter_constraint"]
     title = f"D/N from {held[0]:g} to {held[1]:g}" if held else "any D/N"

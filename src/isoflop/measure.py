@@ -1,0 +1,121 @@
+"""Measuring instead of predicting: a few real micro-batches on this machine, and PyTorch's own count of memory over fake tensors.
+
+Entered by `measure`. No prepared data is needed: speed and memory do not depend on what the ids are.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import psutil
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from isoflop import cost
+from isoflop.errors import UserError
+from isoflop.job import build_training_model
+from isoflop.metrics import peak_memory_bytes
+from isoflop.optim import build_optimizer
+from isoflop.recipe import Recipe
+
+WARMUP, TIMED = 2, 5  # micro-batches; the first ones allocate, choose kernels and compile
+
+
+def measure(recipe: Recipe, tokens: int) -> dict[str, Any]:
+    """Tokens per second, memory, and from them the hours of `tokens`, on one device of this machine.
+
+    A GPU runs bf16 autocast as accelerate_configs/1gpu.yaml does, a CPU fp32 as cpu.yaml. Raises `UserError` where the
+    prediction does not fit the device, before anything is allocated.
+    """
+    training = recipe.training
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    launch = cost.Launch("this", "single", bf16=device.type == "cuda")
+    accumulation = training.tokens_per_step // (training.sequence_length * training.micro_batch_size)
+    predicted = cost.predicted_memory(recipe.model, training, recipe.optimizer, launch).total
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if predicted > free:
+        raise UserError(
+            f"--measure: training.micro_batch_size = {training.micro_batch_size} needs {predicted:,} bytes and {free:,} are free"
+            f" on this {device.type}; set training.micro_batch_size=1, or training.activation_checkpointing=true"
+        )
+    before = peak_memory_bytes(device)
+    micro_s, update_s = _time_steps(recipe, device, launch)
+    peak = peak_memory_bytes(device) - before
+    tokens_per_s = training.tokens_per_step / (accumulation * micro_s + update_s)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    hardware_peak = cost.peak_bf16_flops(name)
+    per_token = cost.flops_per_token(recipe.model, training.sequence_length)
+    return {
+        "device": name,
+        "arithmetic": launch.arithmetic,
+        "micro_batches": TIMED,
+        "micro_batch_size": training.micro_batch_size,
+        "sequence_length": training.sequence_length,
+        "micro_batch_s": micro_s,
+        "optimizer_step_s": update_s,
+        "tokens_per_s": tokens_per_s,
+        "flops_per_s": tokens_per_s * per_token,
+        "mfu": hardware_peak and tokens_per_s * per_token / hardware_peak,
+        "hours": tokens / tokens_per_s / 3600,
+        "predicted_memory_bytes": predicted,
+        "tracked_memory_bytes": tracked_memory_bytes(recipe, bf16=launch.bf16),
+        "peak_memory_bytes": peak,
+        "peak_memory_kind": "allocator's peak" if device.type == "cuda" else "growth of the process",
+    }
+
+
+def _time_steps(recipe: Recipe, device: torch.device, launch: cost.Launch) -> tuple[float, float]:
+    """Median seconds of a micro-batch, forward and backward, and of clipping and an optimizer update."""
+    model = build_training_model(recipe, eos_token_id=0, bos_token_id=None).to(device)
+    optimizer = build_optimizer(model, recipe.optimizer, device)
+    shape = (recipe.training.micro_batch_size, recipe.training.sequence_length)
+    ids = torch.randint(recipe.model.vocab_size, shape, device=device)
+    micro_s, update_s = [], []
+    for _ in range(WARMUP + TIMED):
+        started = _now(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=launch.bf16):
+            loss = model(ids)
+        loss.backward()
+        finished = _now(device)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
+        optimizer.step()
+        micro_s.append(finished - started)
+        update_s.append(_now(device) - finished)
+    return statistics.median(micro_s[WARMUP:]), statistics.median(update_s[WARMUP:])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def tracked_memory_bytes(recipe: Recipe, bf16: bool) -> int:
+    """Peak bytes of a micro-batch by PyTorch's MemTracker, which runs the real model on tensors without storage.
+
+    Every operation of forward, loss, backward and update is dispatched, so this counts what the formulas of `cost` sum up; it
+    takes seconds where they take none. fp32, or bf16 autocast.
+    """
+    training, device = recipe.training, torch.device("cpu")
+    per_step = training.tokens_per_step // (training.sequence_length * training.micro_batch_size)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        eager = recipe.model_copy(update={"training": training.model_copy(update={"compile": False})})
+        model = build_training_model(eager, eos_token_id=0, bos_token_id=None)
+        optimizer = build_optimizer(model, recipe.optimizer, device)
+        ids = torch.zeros((training.micro_batch_size, training.sequence_length), dtype=torch.long)
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        with tracker:
+            for _ in range(2):  # moments exist from the first update on, gradients from the first backward
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    loss = model(ids)
+                loss.backward()
+                del loss
+                optimizer.step()
+                if per_step == 1:
+                    optimizer.zero_grad()
+                tracker.reset_mod_stats()
+        return int(tracker.get_tracker_snapshot("peak")[device]["Total"])
