@@ -113,8 +113,8 @@ def searches() -> Iterator[str]:
     n = cost.parameters(wide)
     loss = float(ROUNDED.loss(n, BUDGET / cost.flops_per_token(wide, LLAMA3.sequence_length)))
     yield (
-        f"16 layers x 2816 (head dim 128, {n / 1e9:.2f}B, {loss - ranked[0].predicted_loss:+.4f}) would be nearer still, but its 22"
-        " heads are not a multiple of the 8 key-value heads: no such model can be built."
+        f"16 layers x 2816 (head dim 128, {n / 1e9:.2f}B, {loss - ranked[0].predicted_loss:+.4f}) would be nearer still, but its"
+        " 22 heads are not a multiple of the 8 key-value heads: no such model can be built."
     )
 
 
@@ -182,7 +182,8 @@ def contradictions() -> Iterator[str]:
     yield (
         "- LLaMA 2 1.36B with 71.62M parameters a layer, 50.33M of them feed-forward: a layer has"
         f" {layer['attention'] / 1e6:.2f}M of attention and {layer['ffn'] / 1e6:.2f}M of feed-forward,"
-        f" {(layer['attention'] + layer['ffn']) / 1e6:.2f}M; 18 of the 71.62M with embedding and head would be {(18 * 71.62e6 + 2 * 32000 * 2304) / 1e9:.3f}B, not the 1.294B given beside it."
+        f" {(layer['attention'] + layer['ffn']) / 1e6:.2f}M; 18 of the 71.62M with embedding and"
+        f" head would be {(18 * 71.62e6 + 2 * 32000 * 2304) / 1e9:.3f}B, not the 1.294B given beside it."
     )
     small = n["llama3_2.2b"] - 2 * 256 * 2048
     yield (
@@ -193,8 +194,8 @@ def contradictions() -> Iterator[str]:
         "- A step of 524,288 tokens in 7 s, in 25 s, and at 12,000 to 15,000 tokens/s on 2x A6000: the last is"
         f" {524288 / 15000:.0f} to {524288 / 12000:.0f} s a step. By FLOPs per token of LLaMA 2 1.36B the three are MFU"
         f" {mfu(per_token, 524288 / 7, 2 * a6000)}, {mfu(per_token, 524288 / 25, 2 * a6000)} and"
-        f" {mfu(per_token, 12000, 2 * a6000)} to {mfu(per_token, 15000, 2 * a6000)}: the first is impossible, and no two agree. By 6N at 13,500"
-        f" tokens/s it is {mfu(6 * n['gpt2_1.36b'], 13500, 2 * a6000)} for GPT-2 1.36B, the 37% that is given."
+        f" {mfu(per_token, 12000, 2 * a6000)} to {mfu(per_token, 15000, 2 * a6000)}: the first is impossible, and no two agree."
+        f" By 6N at 13,500 tokens/s it is {mfu(6 * n['gpt2_1.36b'], 13500, 2 * a6000)} for GPT-2 1.36B, the 37% that is given."
     )
     yield (
         "- 50,000 to 60,000 tokens/s on 4x H20 at MFU 35-40%: at the H20's 148 TFLOP/s it would be"

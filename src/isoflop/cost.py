@@ -199,11 +199,15 @@ def train_hours(flops: float, peak_flops: float, num_gpus: int, mfu: float) -> f
     return flops / (mfu * peak_flops * num_gpus) / 3600
 
 
+Engine = Literal["single", "ddp", "zero1", "fsdp2"]
+Arithmetic = Literal["fp32", "autocast", "bf16"]  # what a forward pass keeps; bf16: weights are bf16 themselves
+
+
 class Launch(NamedTuple):
     """How a run is launched, as far as memory and time depend on it."""
 
     name: str
-    engine: Literal["single", "ddp", "zero1", "fsdp2"]
+    engine: Engine
     num_processes: int = 1
     bf16: bool = True
     """Matrix products in bf16: by autocast over fp32 weights, or over the bf16 copies of ZeRO-1 and FSDP2."""
@@ -211,7 +215,7 @@ class Launch(NamedTuple):
     """Processes that the optimizer state (and under FSDP2 weights and gradients) is divided over."""
 
     @property
-    def arithmetic(self) -> Literal["fp32", "autocast", "bf16"]:
+    def arithmetic(self) -> Arithmetic:
         """What the activations of a forward pass are kept in."""
         if not self.bf16:
             return "fp32"
@@ -278,7 +282,7 @@ def predicted_memory(model: Gpt2Model | LlamaModel, training: Training, optimize
     return memory
 
 
-def layer_activation_bytes(model: Gpt2Model | LlamaModel, arithmetic: Literal["fp32", "autocast", "bf16"]) -> int:
+def layer_activation_bytes(model: Gpt2Model | LlamaModel, arithmetic: Arithmetic) -> int:
     """Bytes a token that one decoder layer keeps for its backward pass, h hidden, a query width, k key width, f feed-forward.
 
     Counted from what each operation of transformers' own layers saves, e.g. Llama under autocast: two RMSNorms keep input and
@@ -299,13 +303,13 @@ def layer_activation_bytes(model: Gpt2Model | LlamaModel, arithmetic: Literal["f
     return kept[arithmetic] + 4 * s.num_heads + 16
 
 
-def _backward_bytes(model: Gpt2Model | LlamaModel, arithmetic: Literal["fp32", "autocast", "bf16"]) -> int:
+def _backward_bytes(model: Gpt2Model | LlamaModel, arithmetic: Arithmetic) -> int:
     """Bytes a token of gradients alive in a layer's backward pass: those of the feed-forward's inner activations."""
     inner = 3 if isinstance(model, LlamaModel) else 2
     return inner * (4 if arithmetic == "fp32" else 2) * shape_of(model).intermediate_size
 
 
-def _loss_bytes(model: Gpt2Model | LlamaModel, tokens: int, arithmetic: Literal["fp32", "autocast", "bf16"]) -> int:
+def _loss_bytes(model: Gpt2Model | LlamaModel, tokens: int, arithmetic: Arithmetic) -> int:
     """From the last norm to the end of the chunked cross-entropy of `modeling.loss`, with its gradients."""
     s, llama = shape_of(model), isinstance(model, LlamaModel)
     # Last norm's kept input (Llama: and normed input), its output, the output of all but each window's last token in the

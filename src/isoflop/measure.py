@@ -33,21 +33,16 @@ def measure(recipe: Recipe, tokens: int) -> dict[str, Any]:
     training = recipe.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     launch = cost.Launch("this", "single", bf16=device.type == "cuda")
-    accumulation = training.tokens_per_step // (training.sequence_length * training.micro_batch_size)
     predicted = cost.predicted_memory(recipe.model, training, recipe.optimizer, launch).total
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if predicted > free:
-        raise UserError(
-            f"--measure: training.micro_batch_size = {training.micro_batch_size} needs {predicted:,} bytes and {free:,} are free"
-            f" on this {device.type}; set training.micro_batch_size=1, or training.activation_checkpointing=true"
-        )
+    _require_room(recipe, predicted, device)
     before = peak_memory_bytes(device)
     micro_s, update_s = _time_steps(recipe, device, launch)
     peak = peak_memory_bytes(device) - before
-    tokens_per_s = training.tokens_per_step / (accumulation * micro_s + update_s)
+    micro_batches = training.tokens_per_step / (training.sequence_length * training.micro_batch_size)
+    tokens_per_s = training.tokens_per_step / (micro_batches * micro_s + update_s)
+    flops_per_s = tokens_per_s * cost.flops_per_token(recipe.model, training.sequence_length)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     hardware_peak = cost.peak_bf16_flops(name)
-    per_token = cost.flops_per_token(recipe.model, training.sequence_length)
     return {
         "device": name,
         "arithmetic": launch.arithmetic,
@@ -57,14 +52,23 @@ def measure(recipe: Recipe, tokens: int) -> dict[str, Any]:
         "micro_batch_s": micro_s,
         "optimizer_step_s": update_s,
         "tokens_per_s": tokens_per_s,
-        "flops_per_s": tokens_per_s * per_token,
-        "mfu": hardware_peak and tokens_per_s * per_token / hardware_peak,
+        "flops_per_s": flops_per_s,
+        "mfu": hardware_peak and flops_per_s / hardware_peak,
         "hours": tokens / tokens_per_s / 3600,
         "predicted_memory_bytes": predicted,
         "tracked_memory_bytes": tracked_memory_bytes(recipe, bf16=launch.bf16),
         "peak_memory_bytes": peak,
         "peak_memory_kind": "allocator's peak" if device.type == "cuda" else "growth of the process",
     }
+
+
+def _require_room(recipe: Recipe, predicted: int, device: torch.device) -> None:
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if predicted > free:
+        raise UserError(
+            f"--measure: training.micro_batch_size = {recipe.training.micro_batch_size} needs {predicted:,} bytes and {free:,}"
+            f" are free on this {device.type}; set training.micro_batch_size=1, or training.activation_checkpointing=true"
+        )
 
 
 def _time_steps(recipe: Recipe, device: torch.device, launch: cost.Launch) -> tuple[float, float]:

@@ -81,7 +81,6 @@ def report(folder: RunFolder, summary: dict[str, Any]) -> None:
         f" token frequencies alone: {s['unigram_entropy_nats']:.4f}\n"
         f"{s['tokens']:,} tokens in {s['steps']:,} steps, {s['elapsed_s']:,.0f} s; median {s['tokens_per_s']:,.0f} tokens/s,"
         f" MFU {mfu}\npeak memory {s['peak_memory_bytes']:,} bytes, predicted {s['predicted_memory_bytes']:,}"
-        f" ({s['predicted_memory_bytes'] / s['peak_memory_bytes'] - 1:+.1%})"
     )
     for text in s["samples"]:
         print(f"sample: {text}")

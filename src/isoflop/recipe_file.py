@@ -110,9 +110,9 @@ def json_schema() -> str:
     return json.dumps(Recipe.model_json_schema(), indent=1) + "\n"
 
 
-def to_yaml(recipe: Recipe) -> str:
+def to_yaml(recipe: Recipe, exclude_none: bool = False) -> str:
     """The resolved recipe as YAML, defaults written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=exclude_none), sort_keys=False, allow_unicode=True)
 
 
 if __name__ == "__main__":

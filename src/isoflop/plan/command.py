@@ -81,8 +81,8 @@ def _answer(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]
                 raise UserError("compare needs recipes: plan.py compare recipes/gpt2_1.36b.yaml recipes/llama2_1.36b.yaml")
             plans = [_plan(options, law, load_recipe(path), path) for path in paths]
             return {"recipes": plans}, text.compare_text(plans, options.gpus or 2)
-        case [path, *overrides]:
-            return _recipe(options, law, load_recipe(path, overrides), path)
+    path, *overrides = options.what
+    return _recipe(options, law, load_recipe(path, overrides), path)
 
 
 def _plan(options: argparse.Namespace, law: Law, recipe: Recipe, name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from isoflop.cost import Launch
+from isoflop.cost import Engine, Launch
 from isoflop.errors import UserError
 from isoflop.recipe_file import parse_yaml
 
@@ -31,7 +31,7 @@ def known_launches(num_gpus: int) -> list[Launch]:
     """The launch configs of this checkout, and every engine on `num_gpus` GPUs that none of them has."""
     launches = [read_launch(path) for path in sorted(FOLDER.glob("*.yaml"))]
     there = {(launch.engine, launch.num_processes) for launch in launches if is_gpu(launch)}
-    engines = ("ddp", "zero1", "fsdp2") if num_gpus > 1 else ("single",)
+    engines: tuple[Engine, ...] = ("ddp", "zero1", "fsdp2") if num_gpus > 1 else ("single",)
     for engine in engines:
         if (engine, num_gpus) not in there:
             shards = 1 if engine in ("single", "ddp") else num_gpus

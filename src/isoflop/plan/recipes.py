@@ -56,22 +56,37 @@ def plan_recipe(
     recipe: Recipe, name: str, law: Law, kinds: list[Machine], num_gpus: int = 2, price_per_gpu_hour: float | None = None
 ) -> dict[str, Any]:
     """All numbers of a recipe, at full precision, with their units in the keys."""
+    plan = {"recipe": name} | size(recipe)
+    tokens = plan["tokens"]
+    losses = {known: promised(load_law(known), recipe, tokens) for known in PUBLISHED}
+    losses[law.name] = promised(law, recipe, tokens)
+    plan |= {
+        "repeated_data": repeated_data(recipe, tokens, law),
+        "law": law.name,
+        "predicted_loss": losses[law.name]["predicted_loss"],
+        "predicted_loss_interval": losses[law.name]["predicted_loss_interval"],
+        "laws": losses,
+        "critical_batch_tokens": critical_batch_tokens(losses[law.name]["predicted_loss"]),
+    }
+    return plan | needs(recipe, plan, kinds, num_gpus, price_per_gpu_hour) | {"warnings": warnings(plan, law)}
+
+
+def size(recipe: Recipe) -> dict[str, Any]:
+    """Parameters, FLOPs, tokens and steps."""
     model, training = recipe.model, recipe.training
     classes, parameters = cost.parameters_by_class(model), cost.parameters(model)
     steps = training.num_steps(parameters)
     tokens = steps * training.tokens_per_step
     flops_per_token = cost.flops_per_token(model, training.sequence_length)
-    losses = {known: promised(load_law(known), recipe, tokens) for known in PUBLISHED}
-    losses[law.name] = promised(law, recipe, tokens)
-    chosen = losses[law.name]
-    critical = critical_batch_tokens(chosen["predicted_loss"])
-    repeated = repeated_data(recipe, tokens, law)
-    plan = {
-        "recipe": name,
+    return {
         "model": shape(model),
         "parameters": {"total": parameters, "without_embedding": parameters - classes["embedding"] - classes["position"]}
         | classes,
         "sequence_length": training.sequence_length,
+        "micro_batch_size": training.micro_batch_size,
+        "micro_batch_tokens": training.micro_batch_size * training.sequence_length,
+        "activation_bytes_per_token_and_layer": cost.layer_activation_bytes(model, "autocast"),
+        "activation_checkpointing": training.activation_checkpointing,
         "flops_per_token": flops_per_token,
         "flops_per_token_6n": 6 * parameters,
         "flops": tokens * flops_per_token,
@@ -81,14 +96,7 @@ def plan_recipe(
         "tokens_per_parameter": tokens / parameters,
         "tokens_at_20_per_parameter": COMPUTE_OPTIMAL * parameters,
         "steps_at_20_per_parameter": -(-COMPUTE_OPTIMAL * parameters // training.tokens_per_step),
-        "repeated_data": repeated,
-        "law": law.name,
-        "predicted_loss": chosen["predicted_loss"],
-        "predicted_loss_interval": chosen["predicted_loss_interval"],
-        "laws": losses,
-        "critical_batch_tokens": critical,
     }
-    return plan | needs(recipe, plan, kinds, num_gpus, price_per_gpu_hour) | {"warnings": warnings(plan, law)}
 
 
 def shape(model: Any) -> dict[str, Any]:
@@ -149,7 +157,7 @@ def dataset_tokens(recipe: Recipe) -> tuple[float | None, str]:
             raise UserError(f"{manifest} is not a manifest; run: python scripts/prepare.py RECIPE") from None
     source = recipe.data.source
     stated = STATED_TOKENS.get((source.name, source.config)) if isinstance(source, HubSource) else None
-    return stated, "stated on the dataset's card"
+    return stated, f"stated on the card of {getattr(source, 'name', 'this data')}"
 
 
 def needs(

@@ -108,8 +108,15 @@ def _memory(plan: dict[str, Any]) -> str:
         )
     header = ["launch", "weights", "grads", "moments", "copies", "activations", "loss", "total", *kinds]
     return (
-        "memory per device, GiB, at the recipe's micro-batch (peak of tensors; CUDA context and 5% fragmentation come on top);"
-        " under each GPU the largest micro-batch that fits, 0: none\n" + table(header, rows)
+        f"memory per device, GiB, at micro-batch {plan['micro_batch_size']}; under each GPU the largest micro-batch that fits\n"
+        + table(header, rows)
+        + "\n  one process and DDP: weights 4N, gradients 4N, moments 8N; ZeRO-1: 2N + 4N/GPUs, 4N, 8N/GPUs; FSDP2: all over GPUs"
+        "\n  copies: bf16 weights of autocast, 2 x matmul parameters; FSDP2: the layers that are whole"
+        f"\n  activations: {plan['model']['num_hidden_layers']} layers x {plan['micro_batch_tokens']:,} tokens x"
+        f" {plan['activation_bytes_per_token_and_layer']:,} bytes under autocast"
+        + (", of which checkpointing keeps each layer's input" if plan["activation_checkpointing"] else "")
+        + "\n  loss: last norm to cross-entropy, the head's gradient and one chunk of logits"
+        "\n  total: the peak of tensors; fits: total under 95% of what the GPU has less 1 GiB for the CUDA context"
     )
 
 

@@ -63,4 +63,4 @@ def write_recipe(path: Path, recipe: Recipe, header: list[str]) -> None:
         raise UserError(f"--write {path}: give a .yaml file in a folder that exists, e.g. recipes/mine.yaml")
     if path.exists():
         raise UserError(f"--write {path} exists already; delete it, or give another name")
-    path.write_text("".join(f"# {line}\n" for line in header) + to_yaml(recipe), encoding="utf-8")
+    path.write_text("".join(f"# {line}\n" for line in header) + to_yaml(recipe, exclude_none=True), encoding="utf-8")

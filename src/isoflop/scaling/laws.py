@@ -101,7 +101,8 @@ class Law(Section):
 
     def _powers(self, values: NDArray[np.float64]) -> _TwoPowers:
         if self.form == "chinchilla":
-            return _TwoPowers(*values, outer=1.0)
+            e, a, alpha, b, beta = values
+            return _TwoPowers(e, a, alpha, b, beta, outer=1.0)
         n_c, alpha_n, d_c, alpha_d = values
         return _TwoPowers(0.0, n_c ** (alpha_n / alpha_d), alpha_n / alpha_d, d_c, 1.0, outer=alpha_d)
 
@@ -155,7 +156,7 @@ def critical_batch_tokens(loss: float) -> float:
 
     Kaplan et al. 2020, equation 1.4. At B tokens a step a run needs 1 + B / B_crit times the tokens of a small-batch one.
     """
-    return 2e8 / loss ** (1 / 0.21)
+    return float(2e8 / loss ** (1 / 0.21))
 
 
 class KaplanOptimum(NamedTuple):

@@ -1,0 +1,153 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+
+from isoflop.errors import UserError
+from isoflop.recipe_file import load_recipe
+from isoflop.scaling.laws import (
+    PF_DAY,
+    PUBLISHED,
+    critical_batch_tokens,
+    effective_tokens,
+    kaplan_optimum,
+    load_law,
+)
+
+CHINCHILLA = {"E": 1.5, "A": 400.0, "alpha": 0.3, "B": 1000.0, "beta": 0.35}
+
+
+def write_law(path, **changes):
+    law = {"form": "chinchilla", "coefficients": CHINCHILLA, "counts": "total", "source": "a test"} | changes
+    path.write_text(json.dumps({key: value for key, value in law.items() if value is not None}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        # E + A / N^alpha + B / D^beta at N = 1e9, D = 2e10, by hand
+        ("hoffmann", 1.693374 + 406.401 / 1e9**0.33917084 + 410.723 / 2e10**0.2849083),
+        ("hoffmann-rounded", 1.69 + 406.4 / 1e9**0.34 + 410.7 / 2e10**0.28),
+        ("besiroglu", 1.8172 + 482.01 / 1e9**0.3478 + 2085.43 / 2e10**0.3658),
+        ("kaplan", ((8.8e13 / 1e9) ** (0.076 / 0.095) + 5.4e13 / 2e10) ** 0.095),
+    ],
+)
+def test_published_laws_are_their_papers(name, loss):
+    assert float(load_law(name).loss(1e9, 2e10)) == pytest.approx(loss, rel=1e-12)
+
+
+def test_what_n_counts():
+    model = load_recipe(ROOT / "recipes/llama2_1.36b.yaml").model
+    assert load_law("hoffmann").size(model) == 1_294_159_104
+    assert load_law("kaplan").size(model) == 1_294_159_104 - 2 * 73_728_000
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@given(exponent=st.floats(17, 26))
+def test_the_optimum_in_closed_form_is_the_least_loss(name, exponent):
+    law, flops = load_law(name), 10**exponent
+    n, d = law.optimum(flops)
+    assert 6 * n * d == pytest.approx(flops, rel=1e-9)
+    found = minimize_scalar(
+        lambda log_n: float(law.loss(math.exp(log_n), flops / 6 / math.exp(log_n))), bounds=(5, 40), method="bounded"
+    )
+    assert math.log(n) == pytest.approx(found.x, abs=1e-2)
+    assert float(law.loss(n, d)) <= found.fun + 1e-12
+
+
+@given(st.floats(6, 12), st.floats(6, 14))
+def test_more_parameters_and_more_tokens_never_hurt(log_n, log_d):
+    for name in PUBLISHED:
+        law = load_law(name)
+        assert float(law.loss(10 ** (log_n + 0.1), 10**log_d)) < float(law.loss(10**log_n, 10**log_d))
+        assert float(law.loss(10**log_n, 10 ** (log_d + 0.1))) < float(law.loss(10**log_n, 10**log_d))
+
+
+def test_besiroglus_interval_holds_its_own_loss_and_others_have_none():
+    law = load_law("besiroglu")
+    low, high = law.interval(1.4e9, 2.8e10)
+    assert low < float(law.loss(1.4e9, 2.8e10)) < high
+    assert 0.002 < high - low < 0.02
+    assert len(law.draws) == 100
+    # the published standard errors: A 124.58, B 1293.23, E 0.03, alpha 0.02, beta 0.02
+    assert np.std(law.draws, axis=0) == pytest.approx([0.03, 124.58, 0.02, 1293.23, 0.02], rel=0.35)
+    assert all(load_law(name).interval(1e9, 1e10) is None for name in PUBLISHED if name != "besiroglu")
+
+
+def test_the_interval_is_a_percentile_of_the_draws(tmp_path):
+    draws = [[1.0 + i / 100, 400.0, 0.3, 1000.0, 0.35] for i in range(101)]
+    law = load_law(write_law(tmp_path / "law.yaml", draws=draws))
+    rest = float(law.loss(1e9, 1e10)) - 1.5
+    assert law.interval(1e9, 1e10) == pytest.approx((1.1 + rest, 1.9 + rest))
+
+
+def test_a_law_from_a_file_is_used_as_it_is(tmp_path):
+    law = load_law(write_law(tmp_path / "mine.yaml"))
+    assert law.name == str(tmp_path / "mine.yaml")
+    assert float(law.loss(1e8, 1e9)) == pytest.approx(1.5 + 400 / 1e8**0.3 + 1000 / 1e9**0.35)
+    assert law.extrapolates(1, 1) == []
+
+
+def test_beyond_the_fitted_range_is_said():
+    assert load_law("hoffmann").extrapolates(1e9, 2e10) == []
+    assert load_law("hoffmann").extrapolates(1e6, 2e10) == ["1e+06 parameters (fitted on 7e+07 to 1.6e+10)"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"form": "linear"}, r"form: Input should be 'chinchilla' or 'kaplan'"),
+        ({"coefficients": {"E": 1.0}}, r"coefficients of form chinchilla are E, A, alpha, B, beta; given: E"),
+        ({"coefficients": CHINCHILLA | {"A": -4.0}}, r"coefficients.A: Input should be greater than 0"),
+        ({"draws": [[1.0, 2.0]]}, r"every draw has 5 numbers"),
+        ({"colour": "red"}, r"colour: Extra inputs are not permitted"),
+        ({"source": None}, r"source: Field required"),
+    ],
+)
+def test_a_broken_law_file_is_refused(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_law(write_law(tmp_path / "law.yaml", **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hofmann", "--law hofmann: neither a published law nor a file; did you mean hoffmann?"),
+        ("README.md", "not a YAML mapping of form, coefficients, counts, source"),
+        ("src", "neither a published law nor a file"),
+    ],
+)
+def test_a_law_that_is_none_is_refused(name, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        load_law(name)
+
+
+def test_repeated_data_by_muennighoff():
+    assert effective_tokens(5e9, 6e9) == 5e9
+    assert effective_tokens(13.1072e9, 6e9) == pytest.approx(6e9 * (1 + 15.39 * (1 - math.exp(-(13.1072 / 6 - 1) / 15.39))))
+    assert effective_tokens(4 * 6e9, 6e9) == pytest.approx(24e9, rel=0.08)  # four epochs are nearly free
+    assert effective_tokens(1e6 * 6e9, 6e9) == pytest.approx((1 + 15.39) * 6e9)  # and no number of them is worth more than this
+
+
+@given(st.floats(1, 500), st.floats(1, 500))
+def test_repeated_tokens_are_worth_less_and_never_nothing(epochs, more):
+    first, second = effective_tokens(epochs * 1e9, 1e9), effective_tokens((epochs + more) * 1e9, 1e9)
+    assert 1e9 <= first <= epochs * 1e9 * (1 + 1e-12)
+    assert first <= second
+
+
+def test_the_critical_batch_is_kaplans():
+    assert critical_batch_tokens(2.0) == pytest.approx(2e8 / 2 ** (1 / 0.21))
+    assert critical_batch_tokens(2.3) == pytest.approx(3.79e6, rel=1e-3)
+
+
+def test_kaplans_optimum_at_one_pf_day():
+    assert kaplan_optimum(PF_DAY) == pytest.approx((1.3e9, 2.0e6, 5.4e3, 2e10, 3.1e8**0.050))
+    assert kaplan_optimum(10 * PF_DAY).parameters == pytest.approx(1.3e9 * 10**0.73)

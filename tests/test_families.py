@@ -1,0 +1,127 @@
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isoflop import cost
+from isoflop.errors import UserError
+from isoflop.families import ASPECT_RATIO, FAMILIES, PUBLISHED_MODELS, at_sequence_length, family
+from isoflop.recipe_file import load_recipe
+
+# The sizes their authors give (parameters, relative tolerance of the rounding).
+STATED = {
+    "gpt2-small": (124e6, 0.01), "gpt2-medium": (355e6, 0.01), "gpt2-large": (774e6, 0.01), "gpt2-xl": (1558e6, 0.01),
+    "llama-7b": (6.7e9, 0.01), "llama-13b": (13.0e9, 0.01), "llama-33b": (32.5e9, 0.01), "llama-65b": (65.2e9, 0.01),
+    "llama-2-7b": (6.7e9, 0.01), "llama-2-13b": (13.0e9, 0.01), "llama-2-70b": (69e9, 0.01),
+    "llama-3-8b": (8.03e9, 0.01), "llama-3-70b": (70.6e9, 0.01),
+    "llama-3.1-8b": (8.03e9, 0.01), "llama-3.1-70b": (70.6e9, 0.01), "llama-3.1-405b": (405.85e9, 0.01),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED_MODELS)
+def test_published_shapes_have_the_published_sizes(name):
+    stated, tolerance = STATED[name]
+    assert cost.parameters(PUBLISHED_MODELS[name].model) == pytest.approx(stated, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "context", "vocabulary"),
+    [
+        ("llama-65b", 1.4e12, 2048, 32000), ("llama-2-7b", 2e12, 4096, 32000), ("llama-3-8b", 15e12, 8192, 128256),
+        ("llama-3.1-405b", 15.6e12, 131072, 128256), ("gpt2-xl", None, 1024, 50257),
+    ],
+)  # fmt: skip
+def test_published_facts(name, tokens, context, vocabulary):
+    facts = PUBLISHED_MODELS[name]
+    assert (facts.training_tokens, facts.model.max_positions, facts.model.vocab_size) == (tokens, context, vocabulary)
+
+
+def test_llama_3_1_405b_took_the_published_flops():
+    facts = PUBLISHED_MODELS["llama-3.1-405b"]
+    assert 6 * cost.parameters(facts.model) * facts.training_tokens == pytest.approx(3.8e25, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *PUBLISHED_MODELS])
+def test_every_shape_of_a_family_is_within_its_rules(name):
+    members = family(name)
+    shapes = list(members.shapes())
+    assert shapes
+    for model in shapes:
+        s = cost.shape_of(model)
+        assert type(model).model_validate(model.model_dump()) == model  # heads divide
+        assert s.head_dim in members.head_dims
+        assert s.num_heads * s.head_dim == s.hidden_size
+        assert members.key_value_heads in (None, s.num_key_value_heads)
+        assert s.intermediate_size % members.ffn_multiple == 0
+        assert ASPECT_RATIO[0] <= s.hidden_size / s.num_layers <= ASPECT_RATIO[1]
+        assert (s.vocab_size, s.tied) == (members.template.vocab_size, members.template.tie_word_embeddings)
+    assert len({cost.shape_of(model) for model in shapes}) == len(shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("llama3", (18, 2048, 128)), ("llama2", (18, 2304, 128)), ("gpt2", (18, 2432, 128)), ("modern", (12, 768, 64))],
+)
+def test_the_recipes_are_members_of_their_families(name, shape):
+    members = family(name)
+    model = members.shape(*shape)
+    recipe = load_recipe(ROOT / members.recipe)
+    assert cost.parameters(model) == cost.parameters(recipe.model)
+    assert cost.shape_of(model) == cost.shape_of(recipe.model)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED_MODELS if not name.startswith("llama-3.1-405b")])
+def test_a_published_model_is_a_member_of_its_own_family(name):
+    s = cost.shape_of(PUBLISHED_MODELS[name].model)
+    assert cost.shape_of(family(name).shape(s.num_layers, s.hidden_size, s.head_dim)) == s
+
+
+def test_a_recipe_is_a_family(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    members = family("recipes/quickstart.yaml")
+    assert (members.template.vocab_size, members.sequence_length, members.key_value_heads) == (4096, 256, 3)
+    assert all(cost.shape_of(model).num_key_value_heads == 3 for model in members.shapes())
+
+
+def test_another_sequence_length_moves_the_positions_where_it_must():
+    assert at_sequence_length(family("llama3"), 8192).template.max_position_embeddings == 8192
+    assert at_sequence_length(family("llama-3.1-8b"), 4096).template.max_position_embeddings == 131072
+    assert at_sequence_length(family("gpt2"), 4096).shape(4, 256, 64).n_positions == 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "head_dim", "message"),
+    [
+        ("llama3", 2304, 128, r"--width 2304: family llama3 has heads of 128 in multiples of 8 \(its key-value heads\), so its"
+         r" widths are multiples of 1024; nearest: 2048 or 3072"),
+        ("gpt2", 100, 64, r"heads of 64, so its widths are multiples of 64; nearest: 64 or 128"),
+        ("gpt2", 30, 64, r"nearest: 64$"),
+    ],
+)  # fmt: skip
+def test_heads_that_do_not_divide_are_refused(name, width, head_dim, message):
+    with pytest.raises(UserError, match=message):
+        family(name).shape(4, width, head_dim)
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(UserError, match=r"--family lama3: not a family, a published model or a recipe; did you mean llama3\?"):
+        family("lama3")
+
+
+@given(st.sampled_from(sorted(FAMILIES)), st.data())
+def test_the_edge_of_the_grid_is_where_a_neighbour_is_missing(name, data):
+    members = family(name)
+    known = {(s.num_layers, s.hidden_size, s.head_dim) for s in map(cost.shape_of, members.shapes())}
+    model = data.draw(st.sampled_from(list(members.shapes())))
+    s = cost.shape_of(model)
+    widths = sorted({w for w in members.widths if w % (s.head_dim * (members.key_value_heads or 1)) == 0})
+    i, j = widths.index(s.hidden_size), members.layers.index(s.num_layers)
+    missing = i in (0, len(widths) - 1) or j in (0, len(members.layers) - 1)
+    missing = missing or any(
+        neighbour not in known
+        for neighbour in (
+            (s.num_layers, widths[i - 1], s.head_dim), (s.num_layers, widths[i + 1], s.head_dim),
+            (members.layers[j - 1], s.hidden_size, s.head_dim), (members.layers[j + 1], s.hidden_size, s.head_dim),
+        )
+    )  # fmt: skip
+    assert members.on_edge(model) == missing
