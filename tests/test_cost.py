@@ -1,12 +1,16 @@
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from isoflop import cost
+from isoflop.errors import UserError
+from isoflop.modeling import loss
 from isoflop.modeling.build import build_config, build_model
-from isoflop.recipe import Gpt2Model, LlamaModel, Optimizer
+from isoflop.recipe import Gpt2Model, LlamaModel, Optimizer, Training
+from isoflop.recipe_file import load_recipe
 
 
 @st.composite
@@ -84,3 +88,102 @@ def test_checkpoint_bytes_follow_the_moments():
     n = cost.parameters(shape)
     assert cost.checkpoint_bytes(shape, Optimizer(peak_learning_rate=1e-3)) == 12 * n
     assert cost.checkpoint_bytes(shape, Optimizer(peak_learning_rate=1e-3, moments_dtype="bfloat16")) == 8 * n
+
+
+LAUNCHES = {
+    "single": cost.Launch("1gpu", "single"),
+    "ddp": cost.Launch("2gpu_ddp", "ddp", 2),
+    "zero1": cost.Launch("2gpu_zero1", "zero1", 2, True, 2),
+    "fsdp2": cost.Launch("2gpu_fsdp2", "fsdp2", 2, True, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def llama2():
+    return load_recipe(ROOT / "recipes/llama2_1.36b.yaml")
+
+
+def predict(recipe, launch, **training):
+    return cost.predicted_memory(recipe.model, recipe.training.model_copy(update=training), recipe.optimizer, launch)
+
+
+def test_the_loss_chunk_is_the_one_that_training_uses():
+    assert cost.CHUNK_LOGITS_BYTES == loss.CHUNK_LOGITS_BYTES
+
+
+def test_state_bytes_a_parameter_of_each_engine(llama2):
+    n = cost.parameters(llama2.model)
+    states = {name: predict(llama2, launch)[:3] for name, launch in LAUNCHES.items()}
+    assert states == {
+        "single": (4 * n, 4 * n, 8 * n),
+        "ddp": (4 * n, 4 * n, 8 * n),
+        "zero1": (2 * n + 2 * n, 4 * n, 4 * n),  # bf16 weights and half the fp32 ones; half the moments
+        "fsdp2": (2 * n, 2 * n, 4 * n),
+    }
+
+
+def test_activations_by_hand(llama2):
+    """18 layers x 2048 tokens x (26 h + 4 a + 4 k + 8 f + statistics) under autocast."""
+    h, f = 2304, 6144
+    per_layer = 26 * h + 4 * h + 4 * h + 8 * f + 4 * 18 + 8
+    assert predict(llama2, LAUNCHES["single"], micro_batch_size=1).activations == 18 * 2048 * per_layer
+    assert predict(llama2, LAUNCHES["single"], micro_batch_size=1, activation_checkpointing=True).activations == 18 * 2048 * 4 * h
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.sampled_from(sorted(LAUNCHES)), st.integers(1, 8), st.booleans())
+def test_memory_grows_with_the_micro_batch_and_never_with_shards(shape, engine, micro, checkpointing):
+    training = Training(
+        sequence_length=64, tokens_per_step=64 * 840 * 8, micro_batch_size=1, max_steps=1, activation_checkpointing=checkpointing
+    )
+    optimizer, launch = Optimizer(peak_learning_rate=1e-3), LAUNCHES[engine]
+
+    def total(micro, launch):
+        return cost.predicted_memory(shape, training.model_copy(update={"micro_batch_size": micro}), optimizer, launch).total
+
+    assert total(micro, launch) < total(micro + 1, launch)
+    if launch.shards > 1:
+        assert total(micro, launch._replace(num_processes=4, shards=4)) < total(micro, launch)
+
+
+def test_with_one_micro_batch_a_step_gradients_come_as_activations_go(llama2):
+    alone = predict(llama2, LAUNCHES["single"], micro_batch_size=1, tokens_per_step=2048)
+    several = predict(llama2, LAUNCHES["single"], micro_batch_size=1)
+    assert alone.gradients == 0
+    assert several.total - alone.total == 4 * cost.parameters(llama2.model)
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits(llama2):
+    launch, memory = LAUNCHES["single"], cost.gpu("a6000").memory_bytes
+    largest = cost.largest_micro_batch(llama2.model, llama2.training, llama2.optimizer, launch, memory)
+    assert largest == 4
+    assert predict(llama2, launch, micro_batch_size=4).total <= cost.usable_bytes(memory)
+    assert predict(llama2, launch, micro_batch_size=8).total > cost.usable_bytes(memory)
+    assert (
+        cost.largest_micro_batch(llama2.model, llama2.training, llama2.optimizer, launch, cost.gpu("rtx4090").memory_bytes) == 0
+    )
+
+
+def test_the_memory_that_was_measured_on_a6000s_is_the_predicted_one():
+    """40.86 GB a GPU, reported for the 2.2B under ZeRO-1 on two GPUs at micro-batch 2."""
+    recipe = load_recipe(ROOT / "recipes/llama3_2.2b.yaml", ["training.micro_batch_size=2"])
+    assert predict(recipe, LAUNCHES["zero1"]).total == pytest.approx(40.86e9, rel=0.05)
+
+
+def test_a_gpu_by_its_short_name():
+    assert cost.gpu("a6000").peak_bf16_flops == 154.85e12
+    assert cost.gpu("h20").memory_bytes == 96 * 2**30
+    with pytest.raises(UserError, match=r"--gpu a600: not a known GPU; did you mean a6000\?; known: a6000, a100,.*--peak-tflops"):
+        cost.gpu("a600")
+
+
+def test_mfu_is_the_nearest_measured_row_or_says_that_it_is_an_assumption():
+    assert cost.mfu_row("a100", 1.3e9).mfu == 0.5986
+    assert cost.mfu_row("a100", 100e6).mfu == 0.4479
+    assert cost.mfu_row("a6000", 2.2e9).source.endswith("llama3_2.2b at micro-batch 2, 2,224M parameters")
+    assert cost.mfu_row("rtx5090", 1e9).source.startswith("assumption: not measured")
+    assert all(row.gpu in cost.GPUS and 0 < row.mfu < 1 for row in cost.MFU_ROWS)
+
+
+def test_hours_are_flops_over_mfu_peak_and_gpus():
+    assert cost.train_hours(3.6e18, peak_flops=1e15, num_gpus=2, mfu=0.5) == pytest.approx(1.0)

@@ -304,9 +304,13 @@ def layer_activation_bytes(model: Gpt2Model | LlamaModel, arithmetic: Arithmetic
 
 
 def _backward_bytes(model: Gpt2Model | LlamaModel, arithmetic: Arithmetic) -> int:
-    """Bytes a token of gradients alive in a layer's backward pass: those of the feed-forward's inner activations."""
-    inner = 3 if isinstance(model, LlamaModel) else 2
-    return inner * (4 if arithmetic == "fp32" else 2) * shape_of(model).intermediate_size
+    """Bytes a token of gradients alive at the peak of a layer's backward pass, beyond what it has freed by then.
+
+    The feed-forward's inner gradients (gate and up, or one) and some 7h of the residual stream's, fitted to tracked peaks.
+    """
+    s = shape_of(model)
+    inner = 2 if isinstance(model, LlamaModel) else 1
+    return inner * (4 if arithmetic == "fp32" else 2) * s.intermediate_size + 7 * s.hidden_size
 
 
 def _loss_bytes(model: Gpt2Model | LlamaModel, tokens: int, arithmetic: Arithmetic) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from isoflop.search import shape_for_target
 def parser(description: str) -> argparse.ArgumentParser:
     """Every option of `plan`."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p._negative_number_matcher = re.compile(r"-[\d.]+(e[-+]?\d+)?$")  # -1e21 is a number too, before Python 3.14 as well
     p.add_argument(
         "what", nargs="*", help="a recipe and overrides; `compare` and recipes; `models` and a name; nothing: a budget"
     )

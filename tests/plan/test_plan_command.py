@@ -1,0 +1,303 @@
+"""The command as a user types it: numbers, JSON keys, files and errors."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from isoflop import cost
+from isoflop.errors import UserError
+from isoflop.plan.command import main
+from isoflop.recipe_file import load_recipe
+from isoflop.scaling.laws import PUBLISHED, load_law
+
+
+@pytest.fixture(autouse=True)
+def checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def plan(capsys):
+    """The JSON answer to a command line."""
+
+    def ask(*arguments):
+        assert main("plan", [*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return ask
+
+
+@pytest.fixture
+def text(capsys):
+    """The answer as a terminal shows it."""
+
+    def ask(*arguments):
+        assert main("plan", [*map(str, arguments)]) == 0
+        return capsys.readouterr().out
+
+    return ask
+
+
+def test_a_plan_is_there_within_three_seconds_and_without_torch():
+    started = time.perf_counter()
+    code = (
+        "import runpy, sys; sys.argv = ['plan.py', *sys.argv[1:]]\ntry: runpy.run_path('scripts/plan.py', run_name='__main__')\n"
+    )
+    code += "except SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
+    for arguments in (["recipes/llama2_1.36b.yaml"], ["--flops", "1.36e21", "--family", "llama3"]):
+        subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True)
+    assert time.perf_counter() - started < 2 * 3
+
+
+def test_a_recipe_has_the_keys_and_numbers_that_others_rely_on(plan):
+    found = plan("recipes/llama2_1.36b.yaml")
+    assert found["parameters"]["total"] == 1_294_159_104
+    assert found["parameters"]["without_embedding"] == 1_220_431_104
+    classes = ("embedding", "position", "attention", "ffn", "norm", "head")
+    assert sum(found["parameters"][name] for name in classes) == 1_294_159_104
+    # 3 x (2 x (18 x (4 x 2304^2 + 3 x 2304 x 6144) + 32000 x 2304) + 4 x 2048 x 2304 x 18)
+    assert found["flops_per_token"] == 8_341_291_008
+    assert found["flops_per_token_6n"] == 6 * 1_294_159_104
+    assert (found["steps"], found["tokens"]) == (25_000, 13_107_200_000)
+    assert found["tokens_per_parameter"] == pytest.approx(10.128, abs=5e-4)
+    assert found["steps_at_20_per_parameter"] == 49_369
+    assert found["predicted_loss"] == pytest.approx(float(load_law("hoffmann").loss(1_294_159_104, 13_107_200_000)))
+    assert set(found["laws"]) == set(PUBLISHED)
+    assert found["laws"]["besiroglu"]["predicted_loss_interval"][0] < found["laws"]["besiroglu"]["predicted_loss"]
+    assert set(found["memory_bytes"]) >= {"cpu", "1gpu", "2gpu_ddp", "2gpu_zero1", "2gpu_fsdp2"}
+    assert found["memory_bytes"]["1gpu"] == sum(found["memory_by_part_bytes"]["1gpu"].values())
+    assert set(found["hours"]["2gpu_ddp"]) >= {"a6000", "rtx5090", "h20", "h100"}
+
+
+def test_hours_tokens_and_mfu_are_one_arithmetic(plan):
+    found = plan("recipes/llama2_1.36b.yaml", "--gpus", 4, "--gpu", "h20", "--mfu", 0.5, "--price", 2.0)
+    seconds = 13_107_200_000 * 8_341_291_008 / (0.5 * 148e12)
+    assert found["gpu_hours"]["h20"] == pytest.approx(seconds / 3600)
+    assert found["hours"]["4gpu_fsdp2"]["h20"] == pytest.approx(seconds / 3600 / 4)
+    assert found["dollars"]["h20"] == pytest.approx(2 * seconds / 3600)
+    assert found["mfu"]["h20"] == {"mfu": 0.5, "source": "given"}
+
+
+def test_epochs_over_a_dataset_whose_size_is_stated(plan, text):
+    found = plan("recipes/llama2_1.36b.yaml")["repeated_data"]
+    assert found["epochs"] == pytest.approx(13.1072 / 6)
+    assert found["effective_tokens"] == pytest.approx(12.8406e9, rel=1e-5)
+    assert found["predicted_loss"] - plan("recipes/llama2_1.36b.yaml")["predicted_loss"] == pytest.approx(0.0032, abs=5e-5)
+    assert "2.18 epochs: 13,107,200,000 tokens of 6,000,000,000 (stated on the card of DKYoon/SlimPajama-6B)" in text(
+        "recipes/llama2_1.36b.yaml"
+    )
+
+
+def test_epochs_over_prepared_data_are_counted(plan, write_recipe, toy_tree):
+    found = plan(write_recipe())["repeated_data"]
+    manifest = json.loads((Path(toy_tree["data"]["prepared_dir"]) / "manifest.json").read_text())
+    unique = manifest["splits"]["train"]["windows"] * 32
+    assert (found["unique_tokens"], found["epochs"]) == (unique, 2560 / unique)
+    assert found["unique_tokens_source"].startswith("counted, ")
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not(plan):
+    found = plan("recipes/llama3_1.5b.yaml")
+    for launch, kinds in found["largest_micro_batch"].items():
+        for kind, micro in kinds.items():
+            room = cost.usable_bytes(cost.GPUS[kind].memory_bytes)
+            windows = 256 // int(launch.split("gpu")[0])
+            sizes = [m for m in range(1, windows + 1) if windows % m == 0]
+            memory = {
+                m: plan("recipes/llama3_1.5b.yaml", f"training.micro_batch_size={m}")["memory_bytes"][launch]
+                for m in ({micro} | {s for s in sizes if s == 2 * micro or (micro == 0 and s == 1)}) - {0}
+            }
+            assert all((size_bytes <= room) == (m <= micro) for m, size_bytes in memory.items()), (launch, kind)
+        if launch == "2gpu_zero1":
+            break  # one engine's row, on every kind: each asks for a whole plan
+
+
+@pytest.mark.parametrize(
+    ("constraint", "layers", "width", "head_dim", "loss"),
+    [((), 16, 2560, 64, 2.2919), (("--constrain-tokens-per-parameter", 10, 30), 18, 3072, 64, 2.2970)],
+)
+def test_a_search_has_the_keys_and_numbers_that_others_rely_on(plan, constraint, layers, width, head_dim, loss):
+    found = plan("--flops", 1.36e21, "--family", "llama3", "--law", "hoffmann-rounded", *constraint)
+    best = found["best"]
+    assert (best["num_hidden_layers"], best["hidden_size"], best["head_dim"]) == (layers, width, head_dim)
+    assert best["predicted_loss"] == pytest.approx(loss, abs=5e-5)
+    assert best["tokens"] * best["flops_per_token"] == pytest.approx(1.36e21, rel=1e-12)
+    assert best["flops"] == 1.36e21
+    assert best["on_grid_edge"] is (not constraint)
+    assert found["near_optimal"][0] == best
+    assert all(candidate["predicted_loss"] <= best["predicted_loss"] + 0.001 for candidate in found["near_optimal"])
+    assert any("edge of the grid" in warning for warning in found["warnings"]) is (not constraint)
+    assert found["near_20_tokens_per_parameter"][0]["hidden_size"] == 3072
+
+
+def test_days_and_dollars_are_flops_by_one_arithmetic(plan):
+    days = plan("--gpus", 2, "--gpu", "a6000", "--days", 16, "--mfu", 0.38)
+    assert days["flops"] == pytest.approx(2 * 16 * 86400 * 154.85e12 * 0.38)
+    assert days["gpu_hours"]["a6000"] == pytest.approx(2 * 16 * 24)
+    dollars = plan("--dollars", 500, "--gpu", "h100", "--price", 2.5)
+    assert dollars["budget"]["gpu_hours"] == 200
+    assert dollars["flops"] == pytest.approx(200 * 3600 * 989e12 * dollars["budget"]["mfu"])
+    assert dollars["gpu_hours"]["h100"] == pytest.approx(200)
+    assert "llm-foundry" in dollars["budget"]["mfu_source"]
+
+
+def test_hardware_that_is_not_in_the_list_is_described_by_its_peak(plan):
+    found = plan("--gpus", 8, "--gpu", "mine", "--peak-tflops", 100, "--days", 1, "--mfu", 0.4)
+    assert found["flops"] == pytest.approx(8 * 86400 * 100e12 * 0.4)
+
+
+def test_a_fitted_law_from_a_file_is_used(plan, tmp_path):
+    law = tmp_path / "mine.yaml"
+    coefficients = "{E: 2.69, A: 1606.4, alpha: 0.34, B: 3210.7, beta: 0.36}"
+    law.write_text(f"form: chinchilla\ncoefficients: {coefficients}\ncounts: total\nsource: a fit\n")
+    found = plan("recipes/gpt2_124m.yaml", "--law", law)
+    n, d = 124_475_904, found["tokens"]
+    assert found["predicted_loss"] == pytest.approx(2.69 + 1606.4 / n**0.34 + 3210.7 / d**0.36)
+    assert found["laws"][str(law)]["predicted_loss"] == found["predicted_loss"]
+    searched = plan("--flops", 1e21, "--law", law)
+    assert searched["law"] == str(law)
+
+
+def test_compare_has_a_row_a_recipe(plan, text):
+    names = ["gpt2_1.36b", "llama2_1.36b", "llama3_1.5b", "llama3_2.2b"]
+    paths = [f"recipes/{name}.yaml" for name in names]
+    found = plan("compare", *paths)["recipes"]
+    assert [row["steps_at_20_per_parameter"] for row in found] == [53_614, 49_369, 58_923, 84_845]
+    assert [round(row["tokens_per_parameter"], 1) for row in found] == [9.3, 10.1, 8.5, 5.9]
+    shown = text("compare", *paths)
+    for row in found:
+        assert f"{row['parameters']['total']:,}" in shown
+        assert f"{row['predicted_loss']:.4f}" in shown
+
+
+def test_models_lists_the_published_shapes(plan, text):
+    found = {row["name"]: row for row in plan("models")["models"]}
+    assert found["llama-2-70b"]["tokens_per_parameter"] == pytest.approx(2e12 / 68_976_648_192)
+    assert found["gpt2-small"]["tokens_per_parameter"] is None
+    assert "405,853,388,800" in text("models")
+
+
+def test_a_published_model_is_planned_on_its_own_tokens(plan):
+    found = plan("models", "llama-3-8b")
+    assert found["tokens"] == pytest.approx(15e12, rel=1e-6)
+    assert found["tokens"] <= 15e12
+    assert plan("models", "gpt2-xl")["tokens_per_parameter"] == pytest.approx(20, rel=1e-3)
+
+
+def test_a_shape_for_a_target(plan):
+    found = plan("--parameters", 182.4e6, "--aspect", 32)
+    assert (found["hidden_size"], found["num_hidden_layers"], found["num_attention_heads"]) == (768, 24, 24)
+    assert found["parameters_12_layers_width_squared"] == 169_869_312
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--flops", "1.36e21", "--family", "llama3"),
+        ("--flops", "1e20", "--family", "gpt2", "--sequence-length", "1024"),
+        ("--flops", "3e15", "--family", "quickstart"),
+        ("--flops", "1e19", "--family", "recipes/modern_124m.yaml"),
+        ("--flops", "1e22", "--family", "llama-3.1-8b"),
+        ("--gpus", "2", "--gpu", "a6000", "--days", "16"),
+    ],
+)
+def test_what_is_written_loads_and_spends_the_budget_and_no_more(plan, arguments, tmp_path):
+    path = tmp_path / "mine.yaml"
+    found = plan(*arguments, "--write", path)
+    recipe = load_recipe(path)
+    assert path.read_text().startswith("# Planned from ")
+    assert cost.parameters(recipe.model) == found["best"]["parameters"]
+    tokens = recipe.training.max_steps * recipe.training.tokens_per_step
+    assert found["best"]["tokens"] - recipe.training.tokens_per_step < tokens <= found["best"]["tokens"]
+    assert recipe.schedule.warmup_steps <= recipe.training.max_steps / 10
+    assert recipe.output.run_dir == "runs/mine"
+    planned = plan(path)
+    assert planned["flops"] <= found["flops"] * (1 + 1e-12)
+    assert planned["predicted_loss"] == pytest.approx(found["best"]["predicted_loss"], abs=1e-3)
+
+
+def test_a_published_model_is_a_recipes_starting_point(plan, tmp_path):
+    plan("models", "gpt2-medium", "--write", tmp_path / "medium.yaml")
+    recipe = load_recipe(tmp_path / "medium.yaml")
+    assert cost.parameters(recipe.model) == 354_823_168
+    assert (recipe.training.sequence_length, recipe.model.vocab_size) == (1024, 50257)
+    assert recipe.data.prepared_dir.endswith("-windows-of-1024")
+
+
+def test_tokens_per_step_far_above_the_critical_batch_are_warned_of(plan):
+    found = plan("recipes/gpt2_124m.yaml", "training.tokens_per_step=8388608")
+    assert any("times the critical batch of" in warning for warning in found["warnings"])
+    assert not any("critical batch" in warning for warning in plan("recipes/gpt2_124m.yaml")["warnings"])
+
+
+def test_a_small_budget_is_written_with_a_smaller_step(plan, tmp_path):
+    plan("--flops", "1e18", "--family", "gpt2", "--write", tmp_path / "small.yaml")
+    text = (tmp_path / "small.yaml").read_text()
+    recipe = load_recipe(tmp_path / "small.yaml")
+    assert recipe.training.tokens_per_step < 524_288
+    assert recipe.training.max_steps >= 1000
+    assert "tokens_per_step: 524,288 of the base recipe made" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--flops", "0"), r"--flops 0 is not a positive number; give one above 0"),
+        (("--flops", "-1e21"), r"--flops -1e\+21 is not a positive number"),
+        (("--flops", "nan"), r"--flops nan is not a positive number"),
+        (("--gpus", "0", "--gpu", "a6000", "--days", "1"), r"--gpus 0 is not a positive number"),
+        (("--flops", "1e15"), r"1e\+15 FLOPs are too few for family llama3.*least budget is 1.25e\+18"),
+        (("--flops", "1e21", "--family", "lama3"), r"--family lama3.*did you mean llama3"),
+        (("--gpu", "a600", "--days", "3"), r"--gpu a600: not a known GPU; did you mean a6000\?; known: a6000, a100"),
+        (("--gpu", "zz", "--days", "3"), r"--gpu zz: not a known GPU; known: a6000, a100, .*give --peak-tflops"),
+        (("--days", "3"), r"--days needs --gpu, one of a6000"),
+        (("--dollars", "500", "--gpu", "h100"), r"--dollars needs --price"),
+        ((), r"give one budget: --flops 1.36e21.*given: none"),
+        (("--flops", "1e21", "--days", "3"), r"given: --flops, --days"),
+        (("--flops", "1e21", "--mfu", "38"), r"--mfu 38 is above 1; give a share of the peak"),
+        (("--flops", "1e21", "--law", "hofman"), r"--law hofman.*did you mean hoffmann"),
+        (("--flops", "1e21", "--constrain-tokens-per-parameter", "30", "10"), r"LOW must be below HIGH"),
+        (("--width", "1000", "--aspect", "32"), r"--width 1000 is not a multiple of --aspect 32.*nearest: 992 or 1024"),
+        (("models", "gpt5"), r"models gpt5: not one of gpt2-small"),
+        (("compare",), r"compare needs recipes"),
+        (("recipes/lama2.yaml",), r"recipe recipes/lama2.yaml does not exist; did you mean"),
+        (("recipes/gpt2_1.36b.yaml", "model.n_head=18"), r"n_embd = 2432 is not a multiple of n_head = 18; nearest n_head"),
+        (("--flops", "1e21", "--write", "/nowhere/mine.yaml"), r"--write /nowhere/mine.yaml: give a .yaml file in a folder"),
+        (("--flops", "1e21", "--write", "recipes/llama2_1.36b.yaml"), r"exists already; delete it, or give another name"),
+    ],
+)  # fmt: skip
+def test_bad_input_names_value_rule_and_remedy(arguments, message):
+    with pytest.raises(UserError, match=message):
+        main("plan", list(arguments))
+
+
+def test_a_launch_config_of_each_engine_is_read(tmp_path):
+    from isoflop.plan.launches import read_launch
+
+    configs = {
+        "2gpu_zero1": (
+            {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": {"zero_stage": 1}}, ("zero1", 2, 2),
+        ),
+        "8gpu_fsdp2": ({"distributed_type": "FSDP", "num_processes": 8, "fsdp_config": {"fsdp_version": 2}}, ("fsdp2", 8, 8)),
+        "8gpu_hsdp": (
+            {"distributed_type": "FSDP", "num_processes": 8, "parallelism_config": {"parallelism_config_dp_replicate_size": 2}},
+            ("fsdp2", 8, 4),
+        ),
+        "1gpu": ({"distributed_type": "NO", "num_processes": 1}, ("single", 1, 1)),
+        "4gpu_ddp": ({"distributed_type": "MULTI_GPU", "num_processes": 4}, ("ddp", 4, 1)),
+    }  # fmt: skip
+    for name, (config, expected) in configs.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config | {"mixed_precision": "bf16"}))
+        launch = read_launch(path)
+        assert (launch.name, launch.engine, launch.num_processes, launch.shards) == (name, *expected)
+        assert launch.bf16
+    path.write_text(yaml.safe_dump({"distributed_type": "MEGATRON_LM"}))
+    with pytest.raises(UserError, match="distributed_type MEGATRON_LM is neither"):
+        read_launch(path)

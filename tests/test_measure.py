@@ -1,0 +1,84 @@
+import pytest
+import torch
+from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+from isoflop import cost
+from isoflop.errors import UserError
+from isoflop.measure import measure, tracked_memory_bytes
+from isoflop.modeling.build import build_config
+from isoflop.modeling.loss import TrainingModel
+from isoflop.recipe_file import load_recipe
+
+
+def shallow(name, layers, *overrides):
+    """A published recipe with fewer layers: the same operations, tracked in a tenth of the time."""
+    key = "model.n_layer" if name.startswith("gpt2") else "model.num_hidden_layers"
+    return load_recipe(ROOT / f"recipes/{name}.yaml", [f"{key}={layers}", *overrides])
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(
+    ("name", "micro", "checkpointing"),
+    [
+        ("llama2_1.36b", 1, False), ("llama2_1.36b", 4, True), ("llama3_1.5b", 2, False), ("gpt2_1.36b", 2, False),
+        ("gpt2_124m", 4, False), ("gpt2_124m", 32, True), ("modern_124m", 32, False), ("modern_124m", 8, True),
+        ("quickstart", 8, False), ("quickstart", 4, True),
+    ],
+)  # fmt: skip
+def test_the_prediction_is_within_5_percent_of_every_operation_counted(name, micro, checkpointing, bf16):
+    recipe = shallow(
+        name, 3, f"training.micro_batch_size={micro}", f"training.activation_checkpointing={str(checkpointing).lower()}"
+    )
+    launch = cost.Launch("1gpu", "single", bf16=bf16)
+    predicted = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, launch).total
+    assert predicted == pytest.approx(tracked_memory_bytes(recipe, bf16), rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "micro"), [("llama3_1.5b", 2), ("gpt2_1.36b", 4), ("modern_124m", 32)])
+def test_with_bf16_weights_too_as_zero1_and_fsdp2_have_them(name, micro):
+    recipe = shallow(name, 4, f"training.micro_batch_size={micro}")
+    config = build_config(recipe.model.model_dump(exclude={"depth_scaled_init"}), 0, None)
+    ids = torch.zeros((micro, recipe.training.sequence_length), dtype=torch.long)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = TrainingModel({"llama": LlamaForCausalLM, "gpt2": GPT2LMHeadModel}[config.model_type](config))
+            tracker = MemTracker()
+            tracker.track_external(model)
+            with tracker:
+                for _ in range(2):
+                    model(ids).backward()
+                    tracker.reset_mod_stats()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    tracked = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    n = cost.parameters(recipe.model)
+    memory = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, cost.Launch("x", "zero1", 1))
+    assert memory._replace(weights=2 * n, gradients=2 * n, moments=0).total == pytest.approx(tracked, rel=0.05)
+
+
+def test_one_micro_batch_a_step():
+    recipe = shallow("quickstart", 5)
+    assert recipe.training.tokens_per_step == recipe.training.micro_batch_size * recipe.training.sequence_length
+    predicted = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, cost.Launch("cpu", "single", bf16=False))
+    assert predicted.total == pytest.approx(tracked_memory_bytes(recipe, bf16=False), rel=0.01)
+
+
+def test_real_steps_give_speed_memory_and_hours(toy_recipe):
+    recipe = toy_recipe()
+    found = measure(recipe, tokens=10**6)
+    assert found["device"].startswith("CPU, ")
+    assert found["mfu"] is None  # no datasheet peak for a CPU: never another card's
+    step_s = 2 * found["micro_batch_s"] + found["optimizer_step_s"]
+    assert found["tokens_per_s"] == pytest.approx(256 / step_s)
+    assert found["hours"] == pytest.approx(10**6 / found["tokens_per_s"] / 3600)
+    assert found["predicted_memory_bytes"] == pytest.approx(found["tracked_memory_bytes"], rel=0.05)
+
+
+def test_what_does_not_fit_this_machine_is_refused_before_it_is_tried():
+    recipe = load_recipe(ROOT / "recipes/llama3_2.2b.yaml", ["training.micro_batch_size=256"])
+    with pytest.raises(UserError, match=r"training.micro_batch_size = 256 needs .* bytes and .* are free.*micro_batch_size=1"):
+        measure(recipe, tokens=10)
