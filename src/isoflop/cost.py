@@ -267,7 +267,7 @@ def predicted_memory(model: Gpt2Model | LlamaModel, training: Training, optimize
         copies = (2 if launch.bf16 else 4) * (2 * layer + head * (1 if shape_of(model).tied else 2)) + 4 * layer
     tokens = training.micro_batch_size * training.sequence_length
     layer_bytes = tokens * layer_activation_bytes(model, mode)
-    loss, backward = _loss_bytes(model, tokens, mode), tokens * _backward_bytes(model, mode)
+    loss, backward = _loss_bytes(model, tokens, mode), _backward_bytes(model, tokens, mode)
     kept = shape_of(model).num_layers * layer_bytes
     if training.activation_checkpointing:
         stream = 2 if mode == "bf16" else 4
@@ -303,14 +303,16 @@ def layer_activation_bytes(model: Gpt2Model | LlamaModel, arithmetic: Arithmetic
     return kept[arithmetic] + 4 * s.num_heads + 16
 
 
-def _backward_bytes(model: Gpt2Model | LlamaModel, arithmetic: Arithmetic) -> int:
-    """Bytes a token of gradients alive at the peak of a layer's backward pass, beyond what it has freed by then.
+def _backward_bytes(model: Gpt2Model | LlamaModel, tokens: int, arithmetic: Arithmetic) -> int:
+    """Gradients alive at the peak of a layer's backward pass, beyond what it has freed by then.
 
-    The feed-forward's inner gradients (gate and up, or one) and some 7h of the residual stream's, fitted to tracked peaks.
+    The feed-forward's inner gradients (two for gate and up, one for GELU) and the residual stream's; where the head is tied, its
+    gradient waits for the embedding's.
     """
     s = shape_of(model)
     inner = 2 if isinstance(model, LlamaModel) else 1
-    return inner * (4 if arithmetic == "fp32" else 2) * s.intermediate_size + 7 * s.hidden_size
+    width = 4 if arithmetic == "fp32" else 2
+    return tokens * (inner * width * s.intermediate_size + 2 * s.hidden_size) + (4 * _head_parameters(model) if s.tied else 0)
 
 
 def _loss_bytes(model: Gpt2Model | LlamaModel, tokens: int, arithmetic: Arithmetic) -> int:
