@@ -5,7 +5,7 @@ BIN := .venv/bin
 # One thread for the test processes: several at once on few cores slow one another down many times over.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: quickstart setup test test-all check lint types schema constraints figures
+.PHONY: quickstart setup test test-all check lint types schema constraints figures pages
 
 quickstart: .venv/installed
 	$(BIN)/python scripts/prepare.py recipes/quickstart.yaml $(OVERRIDES)
@@ -45,6 +45,11 @@ schema: setup
 constraints: setup
 	(sed -n 1p constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//') > constraints.new
 	mv constraints.new constraints.txt
+
+# Pages and figures that are computed; docs/memory.md takes some ten minutes.
+pages: setup
+	$(BIN)/python docs/reproductions.py
+	$(BIN)/python docs/memory.py
 
 figures:
 	cp runs/quickstart/loss.png docs/quickstart.png

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,18 @@ def test_the_quickstart_and_every_command_after_it(copy):
     short = (copy / "recipes/quickstart.yaml").read_text().replace("max_steps: 500", "max_steps: 6")
     short = short.replace("validate_every: 100\n  max_windows: 128", "validate_every: 3\n  max_windows: 16")
     (copy / "recipes/quickstart.yaml").write_text(short.replace("train_vocab_size: 4096", "train_vocab_size: 1000"))
-    for block in blocks("sh")[1:]:
-        output = shell(block, copy)
-        assert "step 6: validation loss" in output
+    _, plan, budget, everyday = blocks("sh")
+    output = shell(plan, copy)
+    for said in ("parameters N: 1,294,159,104", "budget: 1.36e+21 FLOPs", "MFU", "405,853,388,800", "d_model 768, 24 heads"):
+        assert said in output, said
+    sample = re.search(r"^    budget: .*?(?=^\S)", README, flags=re.MULTILINE | re.DOTALL)[0]
+    assert textwrap.dedent(sample).strip() in output
+    output = shell(budget, copy)
+    for said in ("wrote recipes/mine.yaml", "measured on this machine", "validation loss"):
+        assert said in output, said
+    planned = load_recipe(copy / "recipes/mine.yaml")
+    assert json.loads((copy / "runs/mine/summary.json").read_text())["steps"] == planned.training.max_steps
+    assert "step 6: validation loss" in shell(everyday, copy)
     for folder, processes in (("short", 1), ("two_processes", 2)):
         assert json.loads((copy / f"runs/{folder}/summary.json").read_text())["steps"] == 20
         assert json.loads((copy / f"runs/{folder}/environment.json").read_text())["launch"]["num_processes"] == processes

@@ -1,0 +1,77 @@
+"""The pages that are computed: what they print is what stands in the tree."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def reproductions():
+    spec = importlib.util.spec_from_file_location("reproductions", DOCS / "reproductions.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_reproductions_page_is_what_its_script_prints(reproductions):
+    assert (DOCS / "reproductions.md").read_text(encoding="utf-8") == reproductions.page()
+
+
+def test_the_figure_is_drawn(reproductions, tmp_path):
+    reproductions.draw_profile(tmp_path / "profile.png")
+    assert (tmp_path / "profile.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("constraint", "layers", "width", "parameters", "tokens", "loss", "spent"),
+    [
+        ((0.0, 1e9), 18, 2048, 1_544_628_224, 101.909e9, 2.335, 0.64),
+        ((10.0, 30.0), 30, 2048, 2_224_154_624, 61.545e9, 2.351, 0.60),
+    ],
+)
+def test_the_founding_search_gives_what_it_published(reproductions, constraint, layers, width, parameters, tokens, loss, spent):
+    found = reproductions.founding_search(constraint)
+    assert (found.layers, found.width, found.parameters) == (layers, width, parameters)
+    assert found.tokens == pytest.approx(tokens, abs=1e6)
+    assert found.loss == pytest.approx(loss, abs=5e-4)
+    assert found.spent == pytest.approx(spent, abs=5e-3)
+
+
+def test_the_chinchilla_table_is_6nd(reproductions):
+    assert all(6 * n * d == pytest.approx(flops, rel=0.05) for n, flops, d in reproductions.CHINCHILLA_TABLE)
+
+
+def test_the_memory_page_keeps_its_promise():
+    """5% of every operation counted; a real process, where libraries do not outweigh the tensors."""
+    page = (DOCS / "memory.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| \d+ \| (?:yes|no) \| [\d,]+ \| [\d,]+ \| ([+-][\d.]+)% \|$", page, flags=re.MULTILINE)
+    assert len(rows) == 21 + 6
+    assert all(abs(float(difference)) <= 5 for name, difference in rows if name != "quickstart")
+
+
+@pytest.mark.slow
+def test_the_memory_page_is_made_anew(tmp_path):
+    """Ten minutes of real steps: the page's script still runs, and its predictions are those of the page."""
+    script = (
+        (DOCS / "memory.py")
+        .read_text(encoding="utf-8")
+        .replace("HERE = Path(__file__).parent", f"HERE = Path({str(tmp_path)!r})")
+    )
+    (tmp_path / "memory.py").write_text(script, encoding="utf-8")
+    subprocess.run([sys.executable, tmp_path / "memory.py"], cwd=ROOT, check=True)
+    predictions = [
+        re.findall(r"\| (?:yes|no) \| ([\d,]+) \|", (folder / "memory.md").read_text(encoding="utf-8"))
+        for folder in (DOCS, tmp_path)
+    ]
+    assert predictions[0] == predictions[1]
