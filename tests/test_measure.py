@@ -37,6 +37,21 @@ def test_the_prediction_is_within_5_percent_of_every_operation_counted(name, mic
     assert predicted == pytest.approx(tracked_memory_bytes(recipe, bf16), rel=0.05)
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("gpt2_124m", "model.attn_implementation=eager"), ("llama3_1.5b", "model.attn_implementation=eager"),
+        ("gpt2_124m", "model.activation_function=gelu_new"), ("gpt2_124m", "model.activation_function=relu"),
+        ("modern_124m", "model.hidden_act=relu"),
+    ],
+)  # fmt: skip
+def test_kernels_and_activations_that_keep_more_or_less(name, override, bf16):
+    recipe = shallow(name, 4, "training.micro_batch_size=4", override)
+    predicted = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, cost.Launch("1gpu", "single", bf16=bf16))
+    assert predicted.total == pytest.approx(tracked_memory_bytes(recipe, bf16), rel=0.02)
+
+
 @pytest.mark.parametrize(("name", "micro"), [("llama3_1.5b", 2), ("gpt2_1.36b", 4), ("modern_124m", 32)])
 def test_with_bf16_weights_too_as_zero1_and_fsdp2_have_them(name, micro):
     recipe = shallow(name, 4, f"training.micro_batch_size={micro}")

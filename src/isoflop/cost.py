@@ -248,7 +248,7 @@ def usable_bytes(gpu_memory_bytes: int) -> int:
 
 
 def predicted_memory(model: Gpt2Model | LlamaModel, training: Training, optimizer: Optimizer, launch: Launch) -> Memory:
-    """Peak memory of one device, for fused attention (sdpa, flash), no dropout, no compile (which keeps less).
+    """Peak memory of one device, without dropout (whose masks come on top) and compile (which keeps less).
 
     States: single and DDP hold 4 (weights) + 4 (gradients, which are DDP's buckets) + 8 bytes a parameter; ZeRO-1, as DeepSpeed
     does it with bf16 weights and fp32 accumulation, 2 + 4 and (4 + 8) / shards; FSDP2 (4 + 4 + 8) / shards, with gradients
@@ -266,7 +266,7 @@ def predicted_memory(model: Gpt2Model | LlamaModel, training: Training, optimize
         # Two layers whole (one computed, one fetched ahead), embedding and head all along, one layer's gradients in fp32.
         copies = (2 if launch.bf16 else 4) * (2 * layer + head * (1 if shape_of(model).tied else 2)) + 4 * layer
     tokens = training.micro_batch_size * training.sequence_length
-    layer_bytes = tokens * layer_activation_bytes(model, mode)
+    layer_bytes = tokens * layer_activation_bytes(model, training.sequence_length, mode)
     loss, backward = _loss_bytes(model, tokens, mode), _backward_bytes(model, tokens, mode)
     kept = shape_of(model).num_layers * layer_bytes
     if training.activation_checkpointing:
@@ -282,7 +282,12 @@ def predicted_memory(model: Gpt2Model | LlamaModel, training: Training, optimize
     return memory
 
 
-def layer_activation_bytes(model: Gpt2Model | LlamaModel, arithmetic: Arithmetic) -> int:
+# Tensors of feed-forward width beyond silu's or GELU's input and output: gelu_new is written out in seven operations, relu keeps
+# its output alone.
+_ACTIVATION_EXTRA = {"gelu_new": 3, "relu": -1}
+
+
+def layer_activation_bytes(model: Gpt2Model | LlamaModel, sequence_length: int, arithmetic: Arithmetic) -> int:
     """Bytes a token that one decoder layer keeps for its backward pass, h hidden, a query width, k key width, f feed-forward.
 
     Counted from what each operation of transformers' own layers saves, e.g. Llama under autocast: two RMSNorms keep input and
@@ -291,16 +296,18 @@ def layer_activation_bytes(model: Gpt2Model | LlamaModel, arithmetic: Arithmetic
     """
     s = shape_of(model)
     h, a, k, f = s.hidden_size, s.num_heads * s.head_dim, s.num_key_value_heads * s.head_dim, s.intermediate_size
-    if isinstance(model, LlamaModel):
-        kept = {
-            "autocast": 26 * h + 4 * a + 4 * k + 8 * f,
-            "bf16": 16 * h + 4 * a + 4 * k + 8 * f,
-            "fp32": 24 * h + 8 * a + 8 * k + 16 * f,
-        }
-        return kept[arithmetic] + 4 * s.num_heads + 8
-    # LayerNorm keeps its input alone; q, k and v are one projection, with one copy of its input; GELU keeps input and output.
-    kept = {"autocast": 20 * h + 4 * f, "bf16": 16 * h + 4 * f, "fp32": 32 * h + 8 * f}
-    return kept[arithmetic] + 4 * s.num_heads + 16
+    width, llama = 4 if arithmetic == "fp32" else 2, isinstance(model, LlamaModel)
+    if llama:
+        norms_and_inputs = {"autocast": 26 * h, "bf16": 16 * h, "fp32": 24 * h}[arithmetic]
+        kept = norms_and_inputs + width * (2 * a + 2 * k + 4 * f) + 8
+    else:  # LayerNorm keeps its input alone; q, k and v are one projection, with one copy of its input
+        norms_and_inputs = {"autocast": 12 * h, "bf16": 8 * h, "fp32": 16 * h}[arithmetic]
+        kept = norms_and_inputs + width * (4 * h + 2 * f) + 16
+    activation = model.hidden_act if isinstance(model, LlamaModel) else model.activation_function
+    kept += _ACTIVATION_EXTRA.get(activation, 0) * width * f
+    if model.attn_implementation == "eager":  # the scores: softmax in fp32, and its bf16 copy; keys and values for every head
+        return kept + s.num_heads * sequence_length * (4 if width == 4 else 6) + width * 2 * (a - k)
+    return kept + 4 * s.num_heads
 
 
 def _backward_bytes(model: Gpt2Model | LlamaModel, tokens: int, arithmetic: Arithmetic) -> int:

@@ -85,7 +85,7 @@ def size(recipe: Recipe) -> dict[str, Any]:
         "sequence_length": training.sequence_length,
         "micro_batch_size": training.micro_batch_size,
         "micro_batch_tokens": training.micro_batch_size * training.sequence_length,
-        "activation_bytes_per_token_and_layer": cost.layer_activation_bytes(model, "autocast"),
+        "activation_bytes_per_token_and_layer": cost.layer_activation_bytes(model, training.sequence_length, "autocast"),
         "activation_checkpointing": training.activation_checkpointing,
         "flops_per_token": flops_per_token,
         "flops_per_token_6n": 6 * parameters,
