@@ -110,3 +110,36 @@ def test_trackers(capsys):
         build_accelerator(Output(run_dir="x", trackers=["comet_ml"]))
     build_accelerator(Output(run_dir="x", trackers=["comet_ml"], trackers_required=False))
     assert "comet_ml is not installed: going on without it" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_gradients_live_in_ddps_buckets_and_nowhere_else(toy_recipe, tmp_path):
+    """All gradients of a process share the storage of a bucket, in accumulation and between steps: 4 bytes a parameter, not 8."""
+    script = tmp_path / "steps.py"
+    script.write_text(f"""
+from isoflop.distributed import StopRequest, build_accelerator
+from isoflop.job import build_job, check_data
+from isoflop.pretrain import settle_buckets, train_step
+from isoflop.recipe_file import load_recipe
+
+recipe = load_recipe({str(tmp_path / "toy.yaml")!r}, ["training.micro_batch_size=2"])
+accelerator = build_accelerator(recipe.output)
+with StopRequest() as stop:
+    job = build_job(recipe, check_data(recipe, False), accelerator, stop)
+    stop.arm()
+    settle_buckets(job)
+    for step in range(2):
+        assert job.accumulation == 2 and train_step(job, step)
+        parameters = list(job.causal_lm.parameters())
+        storages = {{p.grad.untyped_storage().data_ptr() for p in parameters}}
+        assert len(storages) == 1 < len(parameters), len(storages)
+print(f"rank {{accelerator.process_index}}: one bucket")
+del job
+accelerator.end_training()
+""")
+    toy_recipe()
+    done = run_command(
+        "accelerate", "launch", "--config_file", "accelerate_configs/2cpu_ddp.yaml", "--main_process_port", "0", script
+    )  # fmt: skip
+    assert "rank 0: one bucket" in done.stdout
+    assert "rank 1: one bucket" in done.stdout

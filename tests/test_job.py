@@ -1,6 +1,7 @@
 """Bad input to `pretrain`: each a clear error before any training, with nothing lost."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -198,3 +199,12 @@ def test_checkpoints_that_are_all_broken_are_not_a_fresh_start(toy_recipe, run_i
 def test_a_warm_up_as_long_as_the_run_is_said(write_recipe):
     done = run_command("python", "scripts/pretrain.py", "--dry-run", write_recipe(), "schedule.warmup_steps=10")
     assert "note: schedule.warmup_steps = 10 covers the whole run: the rate never falls" in done.stdout
+
+
+def test_the_start_says_what_memory_it_expects(toy_recipe, run_in_process, capsys):
+    """And for what: the parts add up to the whole."""
+    assert run_in_process(toy_recipe(), dry_run=True) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: "))
+    total, parts = line.removeprefix("memory: ").split(" bytes a process at the peak = ")
+    assert int(total.replace(",", "")) == sum(int(n.replace(",", "")) for n in re.findall(r"(?<=\s)[\d,]{3,}", f" {parts}"))
+    assert "of the process before the model was built" in parts

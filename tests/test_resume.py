@@ -139,7 +139,9 @@ def start_long_run(command, file):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_real_command_under_a_real_signal(number, write_recipe):
-    process, folder = start_long_run([sys.executable], write_recipe(training__max_steps=100_000))
+    # Never validating: a signal during validation leaves the step's row to the checkpoint, for the resumed run to write.
+    recipe = write_recipe(training__max_steps=100_000, evaluation__validate_every=100_000)
+    process, folder = start_long_run([sys.executable], recipe)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_RESUME
@@ -155,7 +157,8 @@ def test_a_launcher_that_is_told_to_stop_takes_its_run_with_it_saved(config, wri
     """The simple launcher passes no signal on and just dies; torchrun's agent passes it to every rank."""
     port = [] if config == "cpu" else ["--main_process_port", "0"]
     command = ["accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml", *port]
-    process, folder = start_long_run(command, write_recipe(training__max_steps=100_000))
+    recipe = write_recipe(training__max_steps=100_000, evaluation__validate_every=100_000)
+    process, folder = start_long_run(command, recipe)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)  # until the last process has closed the pipe
     assert ": saved; the same command goes on" in output

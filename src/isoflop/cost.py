@@ -296,8 +296,8 @@ def layer_activation_bytes(model: Gpt2Model | LlamaModel, sequence_length: int, 
     """
     s = shape_of(model)
     h, a, k, f = s.hidden_size, s.num_heads * s.head_dim, s.num_key_value_heads * s.head_dim, s.intermediate_size
-    width, llama = 4 if arithmetic == "fp32" else 2, isinstance(model, LlamaModel)
-    if llama:
+    width = 4 if arithmetic == "fp32" else 2
+    if isinstance(model, LlamaModel):
         norms_and_inputs = {"autocast": 26 * h, "bf16": 16 * h, "fp32": 24 * h}[arithmetic]
         kept = norms_and_inputs + width * (2 * a + 2 * k + 4 * f) + 8
     else:  # LayerNorm keeps its input alone; q, k and v are one projection, with one copy of its input
