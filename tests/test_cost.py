@@ -154,13 +154,13 @@ def test_with_one_micro_batch_a_step_gradients_come_as_activations_go(llama2):
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits(llama2):
-    launch, memory = LAUNCHES["single"], cost.gpu("a6000").memory_bytes
+    launch, memory = LAUNCHES["single"], cost.GPUS["a6000"].memory_bytes
     largest = cost.largest_micro_batch(llama2.model, llama2.training, llama2.optimizer, launch, memory)
     assert largest == 4
     assert predict(llama2, launch, micro_batch_size=4).total <= cost.usable_bytes(memory)
     assert predict(llama2, launch, micro_batch_size=8).total > cost.usable_bytes(memory)
     assert (
-        cost.largest_micro_batch(llama2.model, llama2.training, llama2.optimizer, launch, cost.gpu("rtx4090").memory_bytes) == 0
+        cost.largest_micro_batch(llama2.model, llama2.training, llama2.optimizer, launch, cost.GPUS["rtx4090"].memory_bytes) == 0
     )
 
 
@@ -171,10 +171,13 @@ def test_the_memory_that_was_measured_on_a6000s_is_the_predicted_one():
 
 
 def test_a_gpu_by_its_short_name():
-    assert cost.gpu("a6000").peak_bf16_flops == 154.85e12
-    assert cost.gpu("h20").memory_bytes == 96 * 2**30
-    with pytest.raises(UserError, match=r"--gpu a600: not a known GPU; did you mean a6000\?; known: a6000, a100,.*--peak-tflops"):
-        cost.gpu("a600")
+    assert cost.GPUS["a6000"].peak_bf16_flops == 154.85e12
+    assert cost.GPUS["h20"].memory_bytes == 96 * 2**30
+    assert [cost.gpu_name(name) for name in ("H100", "NVIDIA RTX A6000", "rtx5090")] == ["h100", "a6000", "rtx5090"]
+    with pytest.raises(
+        UserError, match=r"--gpu a600: not a known GPU; did you mean a6000\? known are a6000, a100,.*--peak-tflops"
+    ):
+        cost.gpu_name("a600")
 
 
 def test_mfu_is_the_nearest_measured_row_or_says_that_it_is_an_assumption():

@@ -82,18 +82,17 @@ def test_one_micro_batch_a_step():
     assert predicted.total == pytest.approx(tracked_memory_bytes(recipe, bf16=False), rel=0.01)
 
 
-def test_real_steps_give_speed_memory_and_hours(toy_recipe):
+def test_real_steps_give_speed_and_memory(toy_recipe):
     recipe = toy_recipe()
-    found = measure(recipe, tokens=10**6)
+    found = measure(recipe)
     assert found["device"].startswith("CPU, ")
     assert found["mfu"] is None  # no datasheet peak for a CPU: never another card's
     step_s = 2 * found["micro_batch_s"] + found["optimizer_step_s"]
     assert found["tokens_per_s"] == pytest.approx(256 / step_s)
-    assert found["hours"] == pytest.approx(10**6 / found["tokens_per_s"] / 3600)
     assert found["predicted_memory_bytes"] == pytest.approx(found["tracked_memory_bytes"], rel=0.05)
 
 
 def test_what_does_not_fit_this_machine_is_refused_before_it_is_tried():
     recipe = load_recipe(ROOT / "recipes/llama3_2.2b.yaml", ["training.micro_batch_size=256"])
     with pytest.raises(UserError, match=r"training.micro_batch_size = 256 needs .* bytes and .* are free.*micro_batch_size=1"):
-        measure(recipe, tokens=10)
+        measure(recipe)

@@ -133,7 +133,14 @@ def test_a_missing_recipe_names_the_nearest(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"), [("training.max_steps", "has no '='"), ("seed.x=1", "seed is a value, not a section")]
+    ("override", "message"),
+    [
+        ("training.max_steps", "'training.max_steps' is not key=value; write it as section.key=value"),
+        ("=3", "'=3' is not key=value"),
+        ("training.max_steps=[", r"'\[' is not a YAML value"),
+        ("training.max_steps=!!python/object:x", "is not a YAML value"),
+        ("seed.x=1", "seed is a value, not a section"),
+    ],
 )
 def test_overrides_that_are_none(override, message, write_recipe):
     file = write_recipe()

@@ -10,8 +10,8 @@ import re
 from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
-from isoflop.errors import UserError, nearest
-from isoflop.recipe import Gpt2Model, LlamaModel, Optimizer, Training
+from isoflop.errors import UserError
+from isoflop.recipe import LARGEST_TRIED, Gpt2Model, LlamaModel, Optimizer, Training
 
 GIB = 2**30
 CHUNK_LOGITS_BYTES = 128 * 2**20  # of `modeling.loss`, which stands alone; a test holds the two equal
@@ -25,6 +25,7 @@ class Gpu(NamedTuple):
     peak_bf16_flops: float
     """Dense bf16 tensor throughput with fp32 accumulation, FLOP/s; datasheets that print the sparse figure are halved."""
     memory_bytes: int
+    """The advertised GB as GiB; what the driver keeps of it is within the reserve of `usable_bytes`."""
     source: str
 
 
@@ -44,12 +45,18 @@ GPUS = {
 }
 
 
-def gpu(name: str) -> Gpu:
-    """A kind of GPU by its short name. Raises `UserError`, which lists the known ones."""
-    if name not in GPUS:
-        hint = nearest(name, list(GPUS)) if get_close_matches(name, GPUS) else ""
-        raise UserError(f"--gpu {name}: not a known GPU{hint}; known: {', '.join(GPUS)}; for another one give --peak-tflops")
-    return GPUS[name]
+def gpu_name(described: str) -> str:
+    """A GPU's short name, from itself or from the driver's name for it. Raises `UserError`, which lists the known ones."""
+    if described.lower() in GPUS:
+        return described.lower()
+    by_device = next((name for name, kind in GPUS.items() if re.search(kind.device, described, re.IGNORECASE)), None)
+    if by_device is None:
+        close = get_close_matches(described.lower(), GPUS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ";"
+        raise UserError(
+            f"--gpu {described}: not a known GPU{hint} known are {', '.join(GPUS)}; for another one give --peak-tflops"
+        )
+    return by_device
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
@@ -339,11 +346,16 @@ def _loss_bytes(model: Gpt2Model | LlamaModel, tokens: int, arithmetic: Arithmet
 
 def largest_micro_batch(
     model: Gpt2Model | LlamaModel, training: Training, optimizer: Optimizer, launch: Launch, memory_bytes: int
-) -> int:
-    """The largest micro-batch whose prediction fits a device and that divides the step's windows; 0 where none does."""
+) -> int | None:
+    """The largest micro-batch whose prediction fits a device and that divides the step's windows; 0 where none fits.
+
+    None where the processes do not divide the windows of a step.
+    """
     windows, rest = divmod(training.tokens_per_step // training.sequence_length, launch.num_processes)
+    if rest or not windows:
+        return None
     fitting = 0
-    for size in (m for m in range(1, windows + 1) if not rest and windows % m == 0):
+    for size in (m for m in range(1, min(windows, LARGEST_TRIED) + 1) if windows % m == 0):
         changed = training.model_copy(update={"micro_batch_size": size})
         if predicted_memory(model, changed, optimizer, launch).total <= usable_bytes(memory_bytes):
             fitting = size

@@ -93,12 +93,16 @@ class Family:
         """One member. Raises `UserError` where its heads do not divide."""
         heads, rest = divmod(width, head_dim)
         group = self.key_value_heads or 1
+        if head_dim % 2 and isinstance(self.template, LlamaModel):
+            raise UserError(
+                f"heads of {head_dim}: rotary positions need an even size; nearest: {head_dim - 1 or 2} or {head_dim + 1}"
+            )
         if rest or heads % group or not heads:
             unit = head_dim * group
             below = width // unit * unit
             near = f"{below} or {below + unit}" if below else str(unit)
             raise UserError(
-                f"--width {width}: family {self.name} has heads of {head_dim}"
+                f"width {width}: family {self.name} has heads of {head_dim}"
                 + (f" in multiples of {group} (its key-value heads)" if group > 1 else "")
                 + f", so its widths are multiples of {unit}; nearest: {near}"
             )
@@ -185,9 +189,15 @@ def family(name: str) -> Family:
 def _around(name: str, model: Model, sequence_length: int, recipe: str) -> Family:
     """Shapes from a quarter to four times a model's layers and width, by its own ratios."""
     s = cost.shape_of(model)
+    if s.num_heads * s.head_dim != s.hidden_size:
+        raise UserError(
+            f"--family {name}: its {s.num_heads} heads of {s.head_dim} are not its width {s.hidden_size}, and a family keeps"
+            " the two equal; leave out model.head_dim, or name another family"
+        )
     grouped = s.num_key_value_heads != s.num_heads
     unit = s.head_dim * (s.num_key_value_heads if grouped else 1)
-    step = unit * max(1, s.hidden_size // unit // 16)
+    units = s.hidden_size // unit
+    step = unit * max(d for d in range(1, max(1, units // 16) + 1) if units % d == 0)
     first = max(step, s.hidden_size // 4 // step * step)
     return Family(
         name, model, sequence_length, recipe,

@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from tqdm import tqdm
 
 from isoflop import cost
 from isoflop.errors import UserError
@@ -24,8 +25,8 @@ from isoflop.recipe import Recipe
 WARMUP, TIMED = 2, 5  # micro-batches; the first ones allocate, choose kernels and compile
 
 
-def measure(recipe: Recipe, tokens: int) -> dict[str, Any]:
-    """Tokens per second, memory, and from them the hours of `tokens`, on one device of this machine.
+def measure(recipe: Recipe) -> dict[str, Any]:
+    """Tokens per second and memory on one device of this machine.
 
     A GPU runs bf16 autocast as accelerate_configs/1gpu.yaml does, a CPU fp32 as cpu.yaml. Raises `UserError` where the
     prediction does not fit the device, before anything is allocated.
@@ -54,7 +55,6 @@ def measure(recipe: Recipe, tokens: int) -> dict[str, Any]:
         "tokens_per_s": tokens_per_s,
         "flops_per_s": flops_per_s,
         "mfu": hardware_peak and flops_per_s / hardware_peak,
-        "hours": tokens / tokens_per_s / 3600,
         "predicted_memory_bytes": predicted,
         "tracked_memory_bytes": tracked_memory_bytes(recipe, bf16=launch.bf16),
         "peak_memory_bytes": peak,
@@ -78,7 +78,7 @@ def _time_steps(recipe: Recipe, device: torch.device, launch: cost.Launch) -> tu
     shape = (recipe.training.micro_batch_size, recipe.training.sequence_length)
     ids = torch.randint(recipe.model.vocab_size, shape, device=device)
     micro_s, update_s = [], []
-    for _ in range(WARMUP + TIMED):
+    for _ in tqdm(range(WARMUP + TIMED), desc="measure", unit="micro-batch"):
         started = _now(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=launch.bf16):
             loss = model(ids)

@@ -21,6 +21,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+LARGEST_TRIED = 65_536  # when the nearest valid value is looked for
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -87,6 +88,11 @@ class LlamaModel(_Model):
         _require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         key_value_heads = self.num_key_value_heads or self.num_attention_heads
         _require_multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", key_value_heads)
+        if (head_dim := self.head_dim or self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"head_dim = {head_dim} is odd, and rotary positions turn pairs of dimensions; nearest: {head_dim - 1 or 2} or"
+                f" {head_dim + 1}"
+            )
         return self
 
     @property
@@ -106,7 +112,7 @@ Model = Annotated[Gpt2Model | LlamaModel, Field(discriminator="model_type")]
 
 def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:
     if value % of:
-        divisors = [d for d in range(1, value + 1) if value % d == 0]
+        divisors = [d for d in range(1, min(value, LARGEST_TRIED) + 1) if value % d == 0]
         close = sorted(sorted(divisors, key=lambda d: abs(d - of))[:2])
         raise ValueError(f"{name} = {value} is not a multiple of {of_name} = {of}; nearest {of_name} that divide: {close}")
 
@@ -220,7 +226,11 @@ def require_whole_steps(training: Training, num_processes: int) -> int:
         return training.tokens_per_step // unit
     below, above = training.tokens_per_step // unit * unit, (training.tokens_per_step // unit + 1) * unit
     windows = training.tokens_per_step // (training.sequence_length * num_processes)
-    fitting = [m for m in range(1, windows + 1) if training.tokens_per_step % (training.sequence_length * m * num_processes) == 0]
+    fitting = [
+        m
+        for m in range(1, min(windows, LARGEST_TRIED) + 1)
+        if training.tokens_per_step % (training.sequence_length * m * num_processes) == 0
+    ]
     near = sorted(sorted(fitting, key=lambda m: abs(m - training.micro_batch_size))[:2])
     raise UserError(
         f"training.tokens_per_step = {training.tokens_per_step} is not a multiple of {unit} = sequence_length"

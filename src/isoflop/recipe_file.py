@@ -52,8 +52,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"recipe {path} does not exist{nearest(str(path), known) if known else ''}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}; give a YAML file of recipes/") from None
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not YAML: {error}") from None
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} is not a mapping of sections; its top level must be {', '.join(Recipe.model_fields)}")
     for override in overrides or []:
@@ -66,8 +68,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"override {override!r} has no '='; write it as section.key=value, e.g. training.max_steps=2000")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not key=value; write it as section.key=value, e.g. training.max_steps=2000")
     for group in _EXCLUSIVE:
         for other in group if key in group else ():
             tree.get(other.split(".")[0], {}).pop(other.split(".")[1], None)
@@ -76,7 +78,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise UserError(f"override {override!r}: {section} is a value, not a section")
-    tree[leaf] = parse_yaml(text)
+    try:
+        tree[leaf] = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value: {' '.join(str(error).split())}") from None
 
 
 def _explain(error: Any) -> str:

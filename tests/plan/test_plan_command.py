@@ -133,7 +133,7 @@ def test_a_search_has_the_keys_and_numbers_that_others_rely_on(plan, constraint,
     assert found["near_optimal"][0] == best
     assert all(candidate["predicted_loss"] <= best["predicted_loss"] + 0.001 for candidate in found["near_optimal"])
     assert any("edge of the grid" in warning for warning in found["warnings"]) is (not constraint)
-    assert found["near_20_tokens_per_parameter"][0]["hidden_size"] == 3072
+    assert [c["hidden_size"] for c in found["near_20_tokens_per_parameter"]] == ([] if constraint else [3072, 3072])
 
 
 def test_days_and_dollars_are_flops_by_one_arithmetic(plan):
@@ -150,6 +150,58 @@ def test_days_and_dollars_are_flops_by_one_arithmetic(plan):
 def test_hardware_that_is_not_in_the_list_is_described_by_its_peak(plan):
     found = plan("--gpus", 8, "--gpu", "mine", "--peak-tflops", 100, "--days", 1, "--mfu", 0.4)
     assert found["flops"] == pytest.approx(8 * 86400 * 100e12 * 0.4)
+
+
+def test_hardware_whose_mfu_is_not_known_has_no_hours(plan, text):
+    found = plan("recipes/llama2_1.36b.yaml", "--gpu", "mine", "--peak-tflops", 100)
+    assert found["mfu"]["mine"]["mfu"] is None
+    assert found["gpu_hours"]["mine"] is None
+    assert "n/a: not known for this hardware; give --mfu" in text(
+        "recipes/llama2_1.36b.yaml", "--gpu", "mine", "--peak-tflops", 100
+    )
+
+
+@pytest.mark.parametrize("days", [1, 5, 16, 18, 20, 64, 300])
+@pytest.mark.parametrize("law", ["hoffmann", "kaplan"])
+def test_the_best_shape_takes_the_hours_of_the_budget_whatever_its_mfu(plan, days, law):
+    found = plan("--gpus", 8, "--gpu", "a6000", "--days", days, "--law", law)
+    assert found["gpu_hours"]["a6000"] == pytest.approx(8 * days * 24)
+    row = cost.mfu_row("a6000", found["best"]["parameters"])
+    assert (found["budget"]["mfu"], found["budget"]["mfu_source"]) == (row.mfu, row.source)
+
+
+def test_a_search_says_what_repeating_its_familys_data_costs(plan, tmp_path):
+    found = plan("--flops", 1e21, "--write", tmp_path / "w.yaml")
+    repeated = found["recipe"]["repeated_data"]
+    assert any(warning.startswith(f"{repeated['epochs']:.2f} epochs: ") for warning in found["warnings"])
+    assert repeated["epochs"] == found["recipe"]["tokens"] / 6e9
+    assert (
+        f"{repeated['predicted_loss']:.4f} with {repeated['epochs']:.2f} epochs of the data" in (tmp_path / "w.yaml").read_text()
+    )
+
+
+def test_a_micro_batch_that_does_not_fit_is_made_smaller(plan, tmp_path):
+    found = plan("--gpus", 1, "--gpu", "rtx5090", "--days", 20, "--write", tmp_path / "w.yaml")
+    recipe = load_recipe(tmp_path / "w.yaml")
+    launch, memory = cost.Launch("1gpu", "single"), cost.GPUS["rtx5090"].memory_bytes
+    assert (
+        cost.largest_micro_batch(recipe.model, recipe.training, recipe.optimizer, launch, memory)
+        == recipe.training.micro_batch_size
+    )
+    assert any(note.startswith("micro_batch_size: 8 made ") for note in found["recipe"]["notes"])
+
+
+def test_a_loss_worse_than_guessing_is_called_so(plan):
+    found = plan("recipes/quickstart.yaml")
+    assert any("more than the 8.32 = ln(vocabulary) of guessing" in warning for warning in found["warnings"])
+    assert found["critical_batch_tokens"] == pytest.approx(2e8 / 8.31776617 ** (1 / 0.21), rel=1e-6)
+
+
+def test_a_long_plan_gets_larger_steps_where_the_critical_batch_allows(plan, tmp_path):
+    plan("models", "llama-2-7b", "--write", tmp_path / "w.yaml")
+    training = load_recipe(tmp_path / "w.yaml").training
+    assert training.tokens_per_step > 524_288
+    assert training.tokens_per_step * training.max_steps <= 2e12
 
 
 def test_a_fitted_law_from_a_file_is_used(plan, tmp_path):
@@ -227,7 +279,7 @@ def test_a_published_model_is_a_recipes_starting_point(plan, tmp_path):
     recipe = load_recipe(tmp_path / "medium.yaml")
     assert cost.parameters(recipe.model) == 354_823_168
     assert (recipe.training.sequence_length, recipe.model.vocab_size) == (1024, 50257)
-    assert recipe.data.prepared_dir.endswith("-windows-of-1024")
+    assert recipe.data.prepared_dir == "data/slimpajama-6b-gpt2-1024"
 
 
 def test_tokens_per_step_far_above_the_critical_batch_are_warned_of(plan):
@@ -242,7 +294,7 @@ def test_a_small_budget_is_written_with_a_smaller_step(plan, tmp_path):
     recipe = load_recipe(tmp_path / "small.yaml")
     assert recipe.training.tokens_per_step < 524_288
     assert recipe.training.max_steps >= 1000
-    assert "tokens_per_step: 524,288 of the base recipe made" in text
+    assert f"# tokens_per_step: 524,288 made {recipe.training.tokens_per_step:,}, for a critical batch of" in text
 
 
 @pytest.mark.parametrize(
@@ -254,17 +306,38 @@ def test_a_small_budget_is_written_with_a_smaller_step(plan, tmp_path):
         (("--gpus", "0", "--gpu", "a6000", "--days", "1"), r"--gpus 0 is not a positive number"),
         (("--flops", "1e15"), r"1e\+15 FLOPs are too few for family llama3.*least budget is 1.25e\+18"),
         (("--flops", "1e21", "--family", "lama3"), r"--family lama3.*did you mean llama3"),
-        (("--gpu", "a600", "--days", "3"), r"--gpu a600: not a known GPU; did you mean a6000\?; known: a6000, a100"),
-        (("--gpu", "zz", "--days", "3"), r"--gpu zz: not a known GPU; known: a6000, a100, .*give --peak-tflops"),
+        (("--gpu", "a600", "--days", "3"), r"--gpu a600: not a known GPU; did you mean a6000\? known are a6000, a100"),
+        (("--gpu", "zz", "--days", "3"), r"--gpu zz: not a known GPU; known are a6000, a100, .*give --peak-tflops"),
         (("--days", "3"), r"--days needs --gpu, one of a6000"),
         (("--dollars", "500", "--gpu", "h100"), r"--dollars needs --price"),
         ((), r"give one budget: --flops 1.36e21.*given: none"),
         (("--flops", "1e21", "--days", "3"), r"given: --flops, --days"),
-        (("--flops", "1e21", "--mfu", "38"), r"--mfu 38 is above 1; give a share of the peak"),
+        (("--flops", "1e21", "--mfu", "38"), r"--mfu 38 is not within 0 to 1"),
         (("--flops", "1e21", "--law", "hofman"), r"--law hofman.*did you mean hoffmann"),
-        (("--flops", "1e21", "--constrain-tokens-per-parameter", "30", "10"), r"LOW must be below HIGH"),
+        (("--flops", "1e21", "--constrain-tokens-per-parameter", "30", "10"), r"30 10 is not 0 <= LOW < HIGH; give e.g. 10 30"),
         (("--width", "1000", "--aspect", "32"), r"--width 1000 is not a multiple of --aspect 32.*nearest: 992 or 1024"),
-        (("models", "gpt5"), r"models gpt5: not one of gpt2-small"),
+        (("--flops", "1e21", "--constrain-tokens-per-parameter", "10", "inf"), r"10 inf is not 0 <= LOW < HIGH"),
+        (("--flops", "1e300"), r"--flops 1e\+300 is not within 0 to 1e\+30"),
+        (("--flops", "abc"), r"argument --flops: invalid float value: 'abc'; .* --help lists every option"),
+        (("--flo", "1e21"), r"unrecognized arguments: --flo"),
+        (("--gpu", "h100", "--peak-tflops", "5", "--days", "1"), r"--peak-tflops 5: h100 is known with 989; leave it out"),
+        (("--gpu", "mine", "--peak-tflops", "5", "--days", "1"), r"--gpu mine: its MFU is not known.*give --mfu"),
+        (("recipes/quickstart.yaml", "--flops", "1e21"), r"--flops: no part of a recipe, which takes --gpu, --gpus, --law"),
+        (("recipes/quickstart.yaml", "--write", "x.yaml"), r"--write: no part of a recipe"),
+        (("compare", "recipes/quickstart.yaml", "--measure"), r"--measure: no part of compare"),
+        (("models", "--law", "kaplan"), r"--law: no part of models, which takes no options"),
+        (("--flops", "1e21", "--width", "768", "--aspect", "32"), r"--flops: no part of a shape for a target"),
+        (("--aspect", "32"), r"give two of --parameters, --width and --aspect"),
+        (("--parameters", "1e6", "--width", "64", "--aspect", "32"), r"give two of --parameters, --width and --aspect"),
+        (("--parameters", "182.4e6", "--aspect", "7", "--family", "llama2"), r"heads of 7: rotary positions need an even size"),
+        (("models", "gpt2-xl", "training.max_steps=5"), r"models takes one name"),
+        (("recipes",), r"recipe recipes cannot be read: Is a directory"),
+        (("",), r"recipe \. cannot be read"),
+        (("x" * 5000,), r"cannot be read: File name too long"),
+        (("recipes/llama2_1.36b.yaml", "model.hidden_size=100000000000000000001"), r"is not a multiple of num_attention_heads"),
+        (("--flops", "1e21", "--family", ""), r"--family : not a family"),
+        (("--flops", "1e21", "--write", "/proc/mine.yaml"), r"--write /proc/mine.yaml cannot be written"),
+        (("models", "gpt5"), r"models gpt5: not a published model; known here: gpt2-large"),
         (("compare",), r"compare needs recipes"),
         (("recipes/lama2.yaml",), r"recipe recipes/lama2.yaml does not exist; did you mean"),
         (("recipes/gpt2_1.36b.yaml", "model.n_head=18"), r"n_embd = 2432 is not a multiple of n_head = 18; nearest n_head"),

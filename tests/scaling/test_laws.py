@@ -1,8 +1,8 @@
-import json
 import math
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +24,7 @@ CHINCHILLA = {"E": 1.5, "A": 400.0, "alpha": 0.3, "B": 1000.0, "beta": 0.35}
 
 def write_law(path, **changes):
     law = {"form": "chinchilla", "coefficients": CHINCHILLA, "counts": "total", "source": "a test"} | changes
-    path.write_text(json.dumps({key: value for key, value in law.items() if value is not None}))
+    path.write_text(yaml.safe_dump({key: value for key, value in law.items() if value is not None}))
     return str(path)
 
 
@@ -105,7 +105,12 @@ def test_beyond_the_fitted_range_is_said():
         ({"form": "linear"}, r"form: Input should be 'chinchilla' or 'kaplan'"),
         ({"coefficients": {"E": 1.0}}, r"coefficients of form chinchilla are E, A, alpha, B, beta; given: E"),
         ({"coefficients": CHINCHILLA | {"A": -4.0}}, r"coefficients.A: Input should be greater than 0"),
+        ({"coefficients": CHINCHILLA | {"E": float("inf")}}, r"coefficients.E: Input should be a finite number"),
+        ({"coefficients": CHINCHILLA | {"alpha": 1e-300}}, r"alpha = 1e-300 is not an exponent from 0.001 to 10"),
         ({"draws": [[1.0, 2.0]]}, r"every draw has 5 numbers"),
+        ({"draws": [[1.0, 2.0, -0.3, 1.0, 0.3]]}, r"draws.0.2: Input should be greater than 0"),
+        ({"fitted_on": {"parameters": [1e10, 1e7], "tokens": [1, 2]}}, r"parameters: \[1e\+10, 1e\+07\] is not lowest first"),
+        ({"form": None}, r"not a law: a YAML mapping of form, coefficients, counts, source"),
         ({"colour": "red"}, r"colour: Extra inputs are not permitted"),
         ({"source": None}, r"source: Field required"),
     ],
@@ -118,9 +123,11 @@ def test_a_broken_law_file_is_refused(changes, message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hofmann", "--law hofmann: neither a published law nor a file; did you mean hoffmann?"),
-        ("README.md", "not a YAML mapping of form, coefficients, counts, source"),
-        ("src", "neither a published law nor a file"),
+        ("hofmann", "--law hofmann: neither a published law nor a file that can be read; did you mean hoffmann?"),
+        ("README.md", "--law README.md: not YAML; a law is a mapping of form, coefficients, counts, source"),
+        ("src", "neither a published law nor a file that can be read"),
+        ("x" * 5000, "neither a published law nor a file that can be read"),
+        ("recipes/quickstart.yaml", "not a law: a YAML mapping of form"),
     ],
 )
 def test_a_law_that_is_none_is_refused(name, message, monkeypatch):

@@ -5,41 +5,69 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from isoflop import cost
-from isoflop.errors import UserError
+from isoflop.errors import UserError, nearest
 from isoflop.families import FAMILIES, PUBLISHED_MODELS, Family, at_sequence_length, family
 from isoflop.plan import text
-from isoflop.plan.budgets import Budget, plan_budget, require_positive
-from isoflop.plan.recipes import COMPUTE_OPTIMAL, Machine, machines, plan_recipe, shape
-from isoflop.plan.written import recipe_for, write_recipe
-from isoflop.recipe import Model, Recipe
+from isoflop.plan.budgets import GpuTime, plan_budget
+from isoflop.plan.launches import known_launches
+from isoflop.plan.recipes import COMPUTE_OPTIMAL, Machine, machines, plan_recipe, shape, warnings
+from isoflop.plan.written import fit_micro_batch, recipe_for, write_recipe
+from isoflop.recipe import Recipe
 from isoflop.recipe_file import load_recipe
 from isoflop.scaling.laws import DEFAULT_LAW, PUBLISHED, Law, load_law
 from isoflop.search import shape_for_target
 
+Mode = Literal["recipe", "compare", "models", "model", "budget", "target"]
+HARDWARE = {"gpus", "gpu", "mfu", "peak_tflops", "price"}
+# What each question takes; an option that would be ignored is refused.
+TAKES: dict[Mode, set[str]] = {
+    "recipe": HARDWARE | {"law", "measure"},
+    "compare": HARDWARE | {"law"},
+    "models": set(),
+    "model": HARDWARE | {"law", "write"},
+    "budget": HARDWARE
+    | {"flops", "days", "dollars", "family", "sequence_length", "law", "constrain_tokens_per_parameter", "write"},
+    "target": {"parameters", "width", "aspect", "family", "sequence_length", "law", "write"},
+}
+# Lowest (exclusive) and highest value of each number: wide, but such that nothing overflows.
+BOUNDS = {
+    "flops": (0, 1e30), "gpus": (0, 1e6), "days": (0, 1e5), "dollars": (0, 1e12), "price": (1e-6, 1e6), "mfu": (0, 1),
+    "peak_tflops": (1e-3, 1e6), "sequence_length": (1, 1e8), "parameters": (0, 1e15), "width": (0, 1e6), "aspect": (0, 1e5),
+}  # fmt: skip
 
-def parser(description: str) -> argparse.ArgumentParser:
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line, as all of a user's are here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError`."""
+        raise UserError(f"{message}; {self.prog} --help lists every option")
+
+
+def parser(description: str) -> Parser:
     """Every option of `plan`."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p._negative_number_matcher = re.compile(r"-[\d.]+(e[-+]?\d+)?$")  # -1e21 is a number too, before Python 3.14 as well
     p.add_argument(
         "what", nargs="*", help="a recipe and overrides; `compare` and recipes; `models` and a name; nothing: a budget"
     )
     budget = p.add_argument_group("a budget: --flops, or --gpus --gpu --days, or --dollars --gpu --price")
     budget.add_argument("--flops", type=float, help="training FLOPs")
-    budget.add_argument("--gpus", type=int, help="number of GPUs (2)")
+    budget.add_argument("--gpus", type=int, help="number of GPUs (1 for a budget, 2 for the tables of a recipe)")
     budget.add_argument("--gpu", help=f"kind of GPU: {', '.join(cost.GPUS)}")
     budget.add_argument("--days", type=float)
     budget.add_argument("--dollars", type=float)
     budget.add_argument("--price", type=float, help="dollars of one GPU for an hour")
     budget.add_argument("--mfu", type=float, help="share of the peak that training reaches, 0 to 1")
     budget.add_argument("--peak-tflops", type=float, help="dense bf16 TFLOP/s of one GPU that is not in the list")
-    p.add_argument("--family", help=f"{', '.join(FAMILIES)}, a published model, or a recipe (llama3)")
+    p.add_argument("--family", help=f"{', '.join(FAMILIES)}, a published model, or a recipe (llama3; for a target gpt2)")
     p.add_argument("--sequence-length", type=int, help="tokens of a window, where not the family's")
-    p.add_argument("--law", default=DEFAULT_LAW, help=f"{', '.join(PUBLISHED)}, or a file ({DEFAULT_LAW})")
+    p.add_argument("--law", help=f"{', '.join(PUBLISHED)}, or a file ({DEFAULT_LAW})")
     p.add_argument(
         "--constrain-tokens-per-parameter", type=float, nargs=2, metavar=("LOW", "HIGH"), help="keep D/N between these"
     )
@@ -48,7 +76,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     target.add_argument("--width", type=int)
     target.add_argument("--aspect", type=int, help="width / layers and width / heads")
     p.add_argument("--write", type=Path, metavar="FILE", help="write the plan as a recipe that pretrain runs")
-    p.add_argument("--measure", action="store_true", help="run a few real micro-batches of the recipe on this machine")
+    p.add_argument("--measure", action="store_true", default=None, help="run a few real micro-batches of the recipe here")
     p.add_argument("--json", action="store_true", help="one JSON object with the same numbers")
     return p
 
@@ -56,64 +84,137 @@ def parser(description: str) -> argparse.ArgumentParser:
 def main(description: str, argv: list[str] | None = None) -> int:
     """Answer one question."""
     options = parser(description).parse_intermixed_args(argv)
-    require_positive(
-        flops=options.flops, gpus=options.gpus, days=options.days, dollars=options.dollars, price=options.price, mfu=options.mfu,
-        peak_tflops=options.peak_tflops, parameters=options.parameters, width=options.width, aspect=options.aspect,
-        sequence_length=options.sequence_length,
-    )  # fmt: skip
-    if options.mfu is not None and options.mfu > 1:
-        raise UserError(f"--mfu {options.mfu:g} is above 1; give a share of the peak, e.g. 0.38")
-    law = load_law(options.law)
-    answer, rendered = _answer(options, law)
-    print(json.dumps(answer, indent=1) if options.json else rendered)
+    mode = _mode(options)
+    _check(options, mode)
+    law = load_law(options.law or DEFAULT_LAW)
+    match mode:
+        case "recipe":
+            answer, rendered = _recipe(options, law)
+        case "compare":
+            answer, rendered = _compare(options, law)
+        case "models":
+            answer = {"models": [published(name) for name in PUBLISHED_MODELS]}
+            rendered = text.models_text(answer["models"])
+        case "model":
+            answer, rendered = _model(options, law)
+        case "budget":
+            answer, rendered = _budget(options, law)
+        case "target":
+            answer, rendered = _target(options, law)
+    print(json.dumps(answer, indent=1, allow_nan=False) if options.json else rendered)
     return 0
 
 
-def _answer(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]:
+def _mode(options: argparse.Namespace) -> Mode:
     match options.what:
         case []:
-            return _target(options, law) if options.parameters or options.width else _budget(options, law)
+            return "target" if options.parameters or options.width or options.aspect else "budget"
         case ["models"]:
-            models = [published(name) for name in PUBLISHED_MODELS]
-            return {"models": models}, text.models_text(models)
-        case ["models", name]:
-            return _published(options, law, name)
-        case ["compare", *paths]:
-            if not paths:
-                raise UserError("compare needs recipes: plan.py compare recipes/gpt2_1.36b.yaml recipes/llama2_1.36b.yaml")
-            plans = [_plan(options, law, load_recipe(path), path) for path in paths]
-            return {"recipes": plans}, text.compare_text(plans, options.gpus or 2)
+            return "models"
+        case ["models", _]:
+            return "model"
+        case ["models", *more]:
+            raise UserError(f"models {' '.join(more)}: models takes one name; change the recipe that --write makes of it")
+        case ["compare", *_]:
+            return "compare"
+    return "recipe"
+
+
+def _check(options: argparse.Namespace, mode: Mode) -> None:
+    """Refuse numbers that are none or out of bounds, and options that the question does not take."""
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g} is not a positive number; give one above 0")
+        if value is not None and not low < value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value:g} is not within {low:g} to {high:g}; give one that is")
+    given = {name for name, value in vars(options).items() if value is not None and name not in ("what", "json")}
+    if ignored := sorted(given - TAKES[mode]):
+        named, taken = (", ".join(f"--{name.replace('_', '-')}" for name in names) for names in (ignored, sorted(TAKES[mode])))
+        question = {"budget": "a budget", "target": "a shape for a target", "model": "models NAME", "recipe": "a recipe"}
+        raise UserError(f"{named}: no part of {question.get(mode, mode)}, which takes {taken or 'no options'}; leave it out")
+
+
+def _recipe(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]:
     path, *overrides = options.what
-    return _recipe(options, law, load_recipe(path, overrides), path)
-
-
-def _plan(options: argparse.Namespace, law: Law, recipe: Recipe, name: str) -> dict[str, Any]:
-    kinds = machines(options.gpu, options.peak_tflops, options.mfu)
-    return plan_recipe(recipe, name, law, kinds, options.gpus or 2, options.price)
-
-
-def _recipe(options: argparse.Namespace, law: Law, recipe: Recipe, name: str) -> tuple[dict[str, Any], str]:
-    plan = _plan(options, law, recipe, name)
+    recipe, kinds, measured = load_recipe(path, overrides), _machines(options), None
     if options.measure:
         from isoflop.measure import measure  # torch: only where real steps are asked for
 
-        plan["measured"] = measure(recipe, plan["tokens"])
+        measured = measure(recipe)
+        kinds = [_as_measured(kind, measured) for kind in kinds]
+    plan = plan_recipe(recipe, path, law, kinds, options.gpus or 2, options.price)
+    if measured:
+        plan["measured"] = measured | {"hours": plan["tokens"] / measured["tokens_per_s"] / 3600}
     return plan, text.recipe_text(plan)
 
 
+def _as_measured(kind: Machine, measured: dict[str, Any]) -> Machine:
+    """A kind of GPU with the MFU that this machine reached, if it is one of these."""
+    if measured["mfu"] is None or cost.gpu_name(measured["device"]) != kind.name:
+        return kind
+    return kind._replace(mfu=measured["mfu"], mfu_source="measured just now on this machine, one GPU")
+
+
+def _compare(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]:
+    overrides = [word for word in options.what[1:] if "=" in word]
+    paths = [word for word in options.what[1:] if "=" not in word]
+    if not paths:
+        raise UserError("compare needs recipes: plan.py compare recipes/gpt2_1.36b.yaml recipes/llama2_1.36b.yaml")
+    num_gpus, kinds = options.gpus or 2, _machines(options)
+    plans = [plan_recipe(load_recipe(path, overrides), path, law, kinds, num_gpus, options.price) for path in paths]
+    return {"recipes": plans}, text.compare_text(plans, num_gpus)
+
+
+def _machines(options: argparse.Namespace) -> list[Machine]:
+    return machines(options.gpu, options.peak_tflops, options.mfu)
+
+
 def _budget(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]:
-    members, constraint = _members(options), _constraint(options)
-    budget = _spending(options)
-    plan, best = plan_budget(members, budget, law, constraint, machines(options.gpu, options.peak_tflops, options.mfu))
+    members, kinds = _members(options, "llama3"), _machines(options)
+    plan, best = plan_budget(members, _spending(options), law, _constraint(options), kinds, options.price)
+    recipe, notes = recipe_for(
+        best.model, best.tokens, members.sequence_length, best.predicted_loss, members.recipe,
+        options.write.stem if options.write else "plan",
+    )  # fmt: skip
+    if options.gpu and kinds[0].memory_bytes:
+        recipe, more = fit_micro_batch(recipe, _launch(options), kinds[0].memory_bytes)
+        notes += more
+    return _with_recipe(options, law, plan, recipe, notes, f"{best.flops:.6g} FLOPs", members)
+
+
+def _with_recipe(
+    options: argparse.Namespace, law: Law, plan: dict[str, Any], recipe: Recipe, notes: list[str], spent: str, members: Family
+) -> tuple[dict[str, Any], str]:
+    """Add to a search what its recipe would be, with the warnings that only a recipe has; write it if that was asked for."""
+    whole = plan_recipe(recipe, members.recipe, law, _machines(options), options.gpus or 1, options.price)
+    plan["warnings"] += [warning for warning in warnings(whole, law) if warning not in plan["warnings"]]
+    training = recipe.training
+    plan["recipe"] = {
+        "steps": whole["steps"],
+        "tokens_per_step": training.tokens_per_step,
+        "tokens": whole["tokens"],
+        "micro_batch_size": training.micro_batch_size,
+        "predicted_loss": whole["predicted_loss"],
+        "repeated_data": whole["repeated_data"],
+        "notes": notes,
+        "path": str(options.write) if options.write else None,
+    }
     rendered = text.budget_text(plan)
     if options.write:
-        said = _write(options, members, best.model, best.tokens, best.predicted_loss, f"{plan['flops']:.6g} FLOPs")
-        rendered += "\n\n" + said
+        rendered += "\n\n" + _write(options, recipe, notes, spent, whole, members)
     return plan, rendered
 
 
-def _members(options: argparse.Namespace) -> Family:
-    members = family(options.family or "llama3")
+def _launch(options: argparse.Namespace) -> cost.Launch:
+    """The launch config for so many GPUs; where several are, the one that shards most."""
+    num_gpus = options.gpus or 1
+    fitting = [launch for launch in known_launches(num_gpus) if launch.num_processes == num_gpus and "cpu" not in launch.name]
+    return max(fitting, key=lambda launch: (Path(f"accelerate_configs/{launch.name}.yaml").is_file(), launch.shards))
+
+
+def _members(options: argparse.Namespace, default: str) -> Family:
+    members = family(default if options.family is None else options.family)
     return at_sequence_length(members, options.sequence_length) if options.sequence_length else members
 
 
@@ -121,12 +222,12 @@ def _constraint(options: argparse.Namespace) -> tuple[float, float] | None:
     if options.constrain_tokens_per_parameter is None:
         return None
     low, high = options.constrain_tokens_per_parameter
-    if not 0 <= low < high:
-        raise UserError(f"--constrain-tokens-per-parameter {low:g} {high:g}: LOW must be below HIGH, e.g. 10 30")
+    if not 0 <= low < high < float("inf"):
+        raise UserError(f"--constrain-tokens-per-parameter {low:g} {high:g} is not 0 <= LOW < HIGH; give e.g. 10 30")
     return low, high
 
 
-def _spending(options: argparse.Namespace) -> Budget:
+def _spending(options: argparse.Namespace) -> float | GpuTime:
     """What may be spent; exactly one of FLOPs, days and dollars."""
     given = [name for name in ("flops", "days", "dollars") if getattr(options, name) is not None]
     if len(given) != 1:
@@ -135,21 +236,20 @@ def _spending(options: argparse.Namespace) -> Budget:
             f" (given: {', '.join(f'--{name}' for name in given) or 'none'})"
         )
     if options.flops is not None:
-        return Budget(options.flops)
+        return float(options.flops)
     if options.gpu is None and options.peak_tflops is None:
         raise UserError(f"--{given[0]} needs --gpu, one of {', '.join(cost.GPUS)}, or --peak-tflops")
-    machine: Machine = machines(options.gpu, options.peak_tflops, options.mfu)[0]
-    num_gpus = options.gpus or 1
+    machine, num_gpus = _machines(options)[0], options.gpus or 1
     if options.days is not None:
-        return Budget(None, 24 * options.days * num_gpus, num_gpus, machine, options.price)
+        return GpuTime(machine, num_gpus, 24 * options.days * num_gpus)
     if options.price is None:
         raise UserError("--dollars needs --price, dollars of one GPU for an hour, e.g. --price 2.5")
-    return Budget(None, options.dollars / options.price, num_gpus, machine, options.price)
+    return GpuTime(machine, num_gpus, options.dollars / options.price)
 
 
 def _target(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]:
-    """A shape for a parameter target, trained on 20 tokens a parameter."""
-    members = family(options.family or "gpt2")
+    """A shape for a parameter target, trained on 20 tokens a parameter where a recipe is written."""
+    members = _members(options, "gpt2")
     model = shape_for_target(members, options.parameters, options.width, options.aspect)
     n, s = cost.parameters(model), cost.shape_of(model)
     answer = shape(model) | {
@@ -158,15 +258,13 @@ def _target(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]
         "parameters_by_class": cost.parameters_by_class(model),
         "flops_per_token": cost.flops_per_token(model, members.sequence_length),
     }
-    rendered = (
-        f"family {members.name}: {s.num_layers} layers, d_model {s.hidden_size}, {s.num_heads} heads of {s.head_dim},"
-        f" feed-forward {s.intermediate_size}\n12 layers width^2 = {12 * s.num_layers * s.hidden_size**2:,};"
-        f" parameters of the {members.name} shape with its vocabulary: {n:,}"
-    )
+    rendered = text.target_text(answer, members.name)
     if options.write:
         tokens = float(COMPUTE_OPTIMAL * n)
         loss = float(law.loss(law.size(model), tokens))
-        rendered += "\n" + _write(options, members, model, tokens, loss, f"{COMPUTE_OPTIMAL} tokens a parameter")
+        recipe, notes = recipe_for(model, tokens, members.sequence_length, loss, members.recipe, options.write.stem)
+        whole = plan_recipe(recipe, members.recipe, law, _machines(options))
+        rendered += "\n" + _write(options, recipe, notes, f"{COMPUTE_OPTIMAL} tokens a parameter", whole, members)
     return answer, rendered
 
 
@@ -188,31 +286,44 @@ def published(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _published(options: argparse.Namespace, law: Law, name: str) -> tuple[dict[str, Any], str]:
+def _model(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]:
     """A published model planned as a recipe: on its own tokens, or on 20 a parameter where they are not published."""
+    _, name = options.what
     if name not in PUBLISHED_MODELS:
-        raise UserError(f"models {name}: not one of {', '.join(PUBLISHED_MODELS)}")
+        raise UserError(f"models {name}: not a published model{nearest(name, list(PUBLISHED_MODELS))}")
     members, facts = family(name), PUBLISHED_MODELS[name]
     tokens = facts.training_tokens or float(COMPUTE_OPTIMAL * cost.parameters(facts.model))
     loss = float(law.loss(law.size(facts.model), tokens))
-    recipe, _ = recipe_for(facts.model, tokens, members.sequence_length, loss, members.recipe, name)
-    plan, rendered = _recipe(options, law, recipe, name)
+    stem = options.write.stem if options.write else name
+    recipe, notes = recipe_for(facts.model, tokens, members.sequence_length, loss, members.recipe, stem)
+    plan = plan_recipe(recipe, name, law, _machines(options), options.gpus or 2, options.price)
+    rendered = text.recipe_text(plan)
     if options.write:
-        rendered += "\n\n" + _write(options, members, facts.model, tokens, loss, f"its {tokens:.4g} tokens")
+        spent = (
+            f"its {tokens:.4g} tokens" if facts.training_tokens else f"{COMPUTE_OPTIMAL} tokens a parameter (its own: unknown)"
+        )
+        rendered += "\n\n" + _write(options, recipe, notes, spent, plan, members)
     return plan, rendered
 
 
-def _write(options: argparse.Namespace, members: Family, model: Model, tokens: float, loss: float, spent: str) -> str:
-    path: Path = options.write
-    recipe, notes = recipe_for(model, tokens, members.sequence_length, loss, members.recipe, path.stem)
-    n = cost.parameters(model)
+def _write(
+    options: argparse.Namespace, recipe: Recipe, notes: list[str], spent: str, plan: dict[str, Any], members: Family
+) -> str:
+    """Write a recipe; what was written, and what to type next."""
+    repeated = plan["repeated_data"]
+    promise = f"law {plan['law']} promises {plan['predicted_loss']:.4f} nats per token"
+    if repeated and repeated["epochs"] > 1:
+        promise += f", {repeated['predicted_loss']:.4f} with {repeated['epochs']:.2f} epochs of the data"
     header = [
-        f"Planned from {spent}: {n:,} parameters, D/N {tokens / n:.2f}, law {options.law} promises {loss:.4f} nats per token.",
+        f"Planned from {spent}: {plan['parameters']['total']:,} parameters, D/N {plan['tokens_per_parameter']:.2f}; {promise}.",
         f"Data, optimizer and the rest are those of {members.recipe}.",
         *notes,
     ]
-    write_recipe(path, recipe, header)
-    return f"wrote {path}: {recipe.training.max_steps:,} steps x {recipe.training.tokens_per_step:,} tokens; next:\n" + (
-        f"python scripts/prepare.py {path}\n"
-        f"accelerate launch --config_file accelerate_configs/1gpu.yaml scripts/pretrain.py {path} --dry-run"
-    )
+    write_recipe(options.write, recipe, header)
+    path, config = shlex.quote(str(options.write)), _launch(options).name
+    return "\n".join([
+        f"wrote {options.write}: {recipe.training.max_steps:,} steps x {recipe.training.tokens_per_step:,} tokens",
+        *notes,
+        f"next: python scripts/prepare.py {path}",
+        f"then: accelerate launch --config_file accelerate_configs/{config}.yaml scripts/pretrain.py {path} --dry-run",
+    ])  # fmt: skip

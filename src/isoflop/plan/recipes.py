@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ STATED_TOKENS = {
 }
 SHOWN_GPUS = ("rtx5090", "a6000", "a100", "h20", "h100", "h200")
 COMPUTE_OPTIMAL = 20  # tokens per parameter: the rule of thumb from Hoffmann et al. 2022, table 3
+ARITHMETIC: dict[str, cost.Arithmetic] = {"autocast": "autocast", "ZeRO-1, FSDP2": "bf16", "CPU": "fp32"}
 WORTH_SAYING_NATS = 0.01  # about what two seeds of one run differ by
 FAR_ABOVE_CRITICAL = 2  # twice the critical batch: three times the tokens of a small-batch run (1 + B / B_crit)
 
@@ -30,26 +32,38 @@ class Machine(NamedTuple):
     """One kind of GPU as the user described it."""
 
     name: str
-    peak_flops: float
+    peak_flops_per_s: float
     memory_bytes: int | None
-    mfu: float | None
-    """As given; the table's where None."""
+    mfu: float | None = None
+    """As given or measured; the table's where None."""
+    mfu_source: str = "given"
 
-    def mfu_for(self, parameters: float) -> tuple[float, str]:
-        """MFU and where it comes from."""
+    def mfu_for(self, parameters: float) -> tuple[float | None, str]:
+        """MFU and where it comes from; none for hardware that is not known."""
         if self.mfu is not None:
-            return self.mfu, "given"
+            return self.mfu, self.mfu_source
+        if self.name not in cost.GPUS:
+            return None, "n/a: not known for this hardware; give --mfu, or run --measure there"
         row = cost.mfu_row(self.name, parameters)
         return row.mfu, row.source
+
+    def hours(self, flops: float, parameters: float, num_gpus: int = 1) -> float | None:
+        """Hours of a run, None where the MFU is not known."""
+        mfu, _ = self.mfu_for(parameters)
+        return mfu and cost.train_hours(flops, self.peak_flops_per_s, num_gpus, mfu)
 
 
 def machines(name: str | None, peak_tflops: float | None, mfu: float | None) -> list[Machine]:
     """The GPU that the user named, or described by its peak; the usual ones where neither."""
     if peak_tflops is not None:
-        memory = cost.GPUS[name].memory_bytes if name in cost.GPUS else None
-        return [Machine(name or "this GPU", peak_tflops * 1e12, memory, mfu)]
-    kinds = {kind: cost.gpu(kind) for kind in ((name,) if name else SHOWN_GPUS)}
-    return [Machine(kind, facts.peak_bf16_flops, facts.memory_bytes, mfu) for kind, facts in kinds.items()]
+        if name in cost.GPUS:
+            peak = cost.GPUS[name].peak_bf16_flops / 1e12
+            raise UserError(
+                f"--peak-tflops {peak_tflops:g}: {name} is known with {peak:g}; leave it out, or give --gpu another name"
+            )
+        return [Machine(name or "this GPU", peak_tflops * 1e12, None, mfu)]
+    names = [cost.gpu_name(name)] if name is not None else SHOWN_GPUS
+    return [Machine(kind, cost.GPUS[kind].peak_bf16_flops, cost.GPUS[kind].memory_bytes, mfu) for kind in names]
 
 
 def plan_recipe(
@@ -66,7 +80,10 @@ def plan_recipe(
         "predicted_loss": losses[law.name]["predicted_loss"],
         "predicted_loss_interval": losses[law.name]["predicted_loss_interval"],
         "laws": losses,
-        "critical_batch_tokens": critical_batch_tokens(losses[law.name]["predicted_loss"]),
+        "uniform_loss": math.log(recipe.model.vocab_size),
+        "critical_batch_tokens": critical_batch_tokens(
+            min(losses[law.name]["predicted_loss"], math.log(recipe.model.vocab_size))
+        ),
     }
     return plan | needs(recipe, plan, kinds, num_gpus, price_per_gpu_hour) | {"warnings": warnings(plan, law)}
 
@@ -85,7 +102,11 @@ def size(recipe: Recipe) -> dict[str, Any]:
         "sequence_length": training.sequence_length,
         "micro_batch_size": training.micro_batch_size,
         "micro_batch_tokens": training.micro_batch_size * training.sequence_length,
-        "activation_bytes_per_token_and_layer": cost.layer_activation_bytes(model, training.sequence_length, "autocast"),
+        "activation_bytes_per_token_and_layer": {
+            who: cost.layer_activation_bytes(model, training.sequence_length, arithmetic)
+            for who, arithmetic in ARITHMETIC.items()
+        },
+        "moments_bytes_per_parameter": cost.optimizer_bytes_per_parameter(recipe.optimizer),
         "activation_checkpointing": training.activation_checkpointing,
         "flops_per_token": flops_per_token,
         "flops_per_token_6n": 6 * parameters,
@@ -168,15 +189,10 @@ def needs(
     launches = known_launches(num_gpus)
     parts = {x.name: cost.predicted_memory(model, training, optimizer, x) for x in launches}
     on_gpu = [launch for launch in launches if is_gpu(launch)]
-    mfu = {kind.name: kind.mfu_for(plan["parameters"]["total"]) for kind in kinds}
-    hours = {
-        launch.name: {
-            kind.name: cost.train_hours(plan["flops"], kind.peak_flops, launch.num_processes, mfu[kind.name][0]) for kind in kinds
-        }
-        for launch in on_gpu
-    }
-    gpu_hours = {kind.name: cost.train_hours(plan["flops"], kind.peak_flops, 1, mfu[kind.name][0]) for kind in kinds}
+    n, flops = plan["parameters"]["total"], plan["flops"]
+    gpu_hours = {kind.name: kind.hours(flops, n) for kind in kinds}
     return {
+        "launches": {x.name: {"engine": x.engine, "num_processes": x.num_processes} for x in launches},
         "memory_bytes": {name: memory.total for name, memory in parts.items()},
         "memory_by_part_bytes": {name: memory._asdict() for name, memory in parts.items()},
         "largest_micro_batch": {
@@ -187,12 +203,18 @@ def needs(
             }
             for launch in on_gpu
         },
-        "mfu": {name: {"mfu": value, "source": source} for name, (value, source) in mfu.items()},
-        "peak_flops_per_s": {kind.name: kind.peak_flops for kind in kinds},
-        "hours": hours,
+        "mfu": mfu_of(kinds, n),
+        "peak_flops_per_s": {kind.name: kind.peak_flops_per_s for kind in kinds},
+        "hours": {x.name: {kind.name: kind.hours(flops, n, x.num_processes) for kind in kinds} for x in on_gpu},
         "gpu_hours": gpu_hours,
-        "dollars": price_per_gpu_hour and {name: value * price_per_gpu_hour for name, value in gpu_hours.items()},
+        "dollars": price_per_gpu_hour and {name: hours and hours * price_per_gpu_hour for name, hours in gpu_hours.items()},
     }
+
+
+def mfu_of(kinds: list[Machine], parameters: float) -> dict[str, dict[str, Any]]:
+    """MFU of each kind of GPU, and where it comes from."""
+    found = {kind.name: kind.mfu_for(parameters) for kind in kinds}
+    return {name: {"mfu": mfu, "source": source} for name, (mfu, source) in found.items()}
 
 
 def warnings(plan: dict[str, Any], law: Law) -> list[str]:
@@ -214,6 +236,11 @@ def warnings(plan: dict[str, Any], law: Law) -> list[str]:
         found.append(
             f"training.tokens_per_step = {batch:,} is {batch / critical:.1f} times the critical batch of {critical:,.0f} tokens:"
             f" the same loss takes {1 + batch / critical:.1f} times the tokens of a small-batch run; lower it"
+        )
+    if plan["predicted_loss"] > plan["uniform_loss"]:
+        found.append(
+            f"law {law.name} promises {plan['predicted_loss']:.2f} nats, more than the {plan['uniform_loss']:.2f} ="
+            " ln(vocabulary) of guessing: it says nothing about runs as small as this one; fit a law to some"
         )
     if beyond := promise["extrapolates"]:
         found.append(f"law {law.name} is extrapolated: {'; '.join(beyond)}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from isoflop import cost
 from isoflop.plan.recipes import COMPUTE_OPTIMAL
+from isoflop.search import NEAR_20N, NEAR_OPTIMAL_NATS
 
 GIB = cost.GIB
 
@@ -26,8 +27,10 @@ def gib(count: float) -> str:
     return f"{count / GIB:.2f}" if count >= GIB / 10 else f"{count / GIB:.4f}"
 
 
-def duration(hours: float) -> str:
+def duration(hours: float | None) -> str:
     """Hours as what a reader takes in at once."""
+    if hours is None:
+        return "n/a"
     if hours >= 48:
         return f"{hours / 24:,.1f} d"
     if hours >= 1:
@@ -98,44 +101,67 @@ def _memory(plan: dict[str, Any]) -> str:
     rows = []
     for launch, parts in plan["memory_by_part_bytes"].items():
         largest = plan["largest_micro_batch"].get(launch, {})
-        rows.append(
-            [
-                launch,
-                *map(gib, parts.values()),
-                gib(plan["memory_bytes"][launch]),
-                *(str(largest.get(kind, "-")) for kind in kinds),
-            ]
-        )
+        fits = ["-" if largest.get(kind) is None else str(largest[kind]) for kind in kinds]
+        rows.append([launch, *map(gib, parts.values()), gib(plan["memory_bytes"][launch]), *fits])
     header = ["launch", "weights", "grads", "moments", "copies", "activations", "loss", "total", *kinds]
-    return (
-        f"memory per device, GiB, at micro-batch {plan['micro_batch_size']}; under each GPU the largest micro-batch that fits\n"
-        + table(header, rows)
-        + "\n  one process and DDP: weights 4N, gradients 4N, moments 8N; ZeRO-1: 2N + 4N/GPUs, 4N, 8N/GPUs; FSDP2: all over GPUs"
-        "\n  copies: bf16 weights of autocast, 2 x matmul parameters; FSDP2: the layers that are whole"
-        f"\n  activations: {plan['model']['num_hidden_layers']} layers x {plan['micro_batch_tokens']:,} tokens x"
-        f" {plan['activation_bytes_per_token_and_layer']:,} bytes under autocast"
-        + (", of which checkpointing keeps each layer's input" if plan["activation_checkpointing"] else "")
-        + "\n  loss: last norm to cross-entropy, the head's gradient and one chunk of logits"
-        "\n  total: the peak of tensors; fits: total under 95% of what the GPU has less 1 GiB for the CUDA context"
-    )
+    moments = plan["moments_bytes_per_parameter"]
+    layers, tokens = plan["model"]["num_hidden_layers"], plan["micro_batch_tokens"]
+    if plan["activation_checkpointing"]:
+        activations = f"each layer's input, {layers} layers x {tokens:,} tokens x hidden size x 4 bytes (2 under ZeRO-1, FSDP2)"
+    else:
+        activations = f"{layers} layers x {tokens:,} tokens x " + ", ".join(
+            f"{count:,} bytes ({who})" for who, count in plan["activation_bytes_per_token_and_layer"].items()
+        )
+    return "\n".join([
+        f"memory per device, GiB, at micro-batch {plan['micro_batch_size']}; under each GPU the largest micro-batch that fits",
+        table(header, rows),
+        f"  weights, gradients, moments: one process and DDP 4N, 4N, {moments}N; ZeRO-1 2N + 4N/GPUs, 4N, {moments}N/GPUs;"
+        f" FSDP2 4N, 4N, {moments}N, all over GPUs; gradients 0 where a step is one micro-batch: they come as activations go",
+        "  copies: bf16 weights of autocast, 2 x matmul parameters; FSDP2: the layers that are whole",
+        f"  activations: {activations}",
+        "  loss: last norm to cross-entropy, the head's gradient and one chunk of logits",
+        "  total: the peak of tensors; it fits under 95% of what the GPU has less 1 GiB for the CUDA context",
+    ])  # fmt: skip
 
 
 def _time(plan: dict[str, Any]) -> str:
+    on_gpu = {launch: plan["launches"][launch]["num_processes"] for launch in plan["hours"]}
+    by_count = {count: launch for launch, count in on_gpu.items()}
     rows = []
     for kind, gpu_hours in plan["gpu_hours"].items():
-        mfu, peak = plan["mfu"][kind], plan["peak_flops_per_s"][kind]
-        tokens_per_s = mfu["mfu"] * peak / plan["flops_per_token"]
-        dollars = f"{plan['dollars'][kind]:,.0f} $" if plan["dollars"] else "-"
-        by_count = {launch.split("_")[0]: hours[kind] for launch, hours in plan["hours"].items()}
-        rows.append(
-            [kind, f"{peak / 1e12:g}", f"{mfu['mfu']:.1%}", f"{tokens_per_s:,.0f}", *map(duration, by_count.values()),
-             f"{gpu_hours:,.1f}", dollars]
-        )  # fmt: skip
-    sources = [f"  MFU of {kind}: {mfu['source']}" for kind, mfu in plan["mfu"].items()]
-    counts = list(dict.fromkeys(launch.split("_")[0] for launch in plan["hours"]))
-    header = ["GPU", "peak TFLOP/s", "MFU", "tokens/s each", *counts, "GPU-hours", "cost"]
+        mfu, peak = plan["mfu"][kind]["mfu"], plan["peak_flops_per_s"][kind]
+        hours = [plan["hours"][launch][kind] for launch in by_count.values()]
+        rows.append([
+            kind,
+            f"{peak / 1e12:g}",
+            mfu_text(plan, kind),
+            f"{mfu * peak / plan['flops_per_token']:,.0f}" if mfu else "n/a",
+            *map(duration, hours),
+            f"{gpu_hours:,.1f}" if gpu_hours else "n/a",
+            money(plan["dollars"], kind),
+        ])  # fmt: skip
+    header = [
+        "GPU",
+        "peak TFLOP/s",
+        "MFU",
+        "tokens/s each",
+        *(f"{count} GPU{'s' if count > 1 else ''}" for count in by_count),
+        "GPU-hours",
+        "cost",
+    ]
     formula = "time = D x FLOPs per token / (MFU x peak x GPUs); tokens/s = MFU x peak / FLOPs per token"
-    return "\n".join([formula, table(header, rows), *sources])
+    return "\n".join([formula, table(header, rows), sources(plan)])
+
+
+def money(dollars: dict[str, float | None] | None, kind: str) -> str:
+    """Dollars on one kind of GPU, where a price was given."""
+    value = dollars and dollars[kind]
+    return f"{value:,.0f} $" if value else "-"
+
+
+def sources(plan: dict[str, Any]) -> str:
+    """Where each MFU comes from."""
+    return "\n".join(f"  MFU of {kind}: {mfu['source']}" for kind, mfu in plan["mfu"].items())
 
 
 def _measured(plan: dict[str, Any]) -> str:
@@ -159,29 +185,53 @@ def warnings_text(plan: dict[str, Any]) -> str:
 def budget_text(plan: dict[str, Any]) -> str:
     """The whole of a search."""
     spent = plan["budget"]
-    lines = [f"budget: {plan['flops']:.4g} FLOPs"]
+    line = f"budget: {plan['flops']:.4g} FLOPs"
     if "gpu" in spent:
-        lines[0] += (
+        line += (
             f" = {spent['num_gpus']} x {spent['gpu']} x {spent['hours']:,.1f} h x {spent['peak_flops_per_s'] / 1e12:g} TFLOP/s"
-            f" x MFU {spent['mfu']:.1%} ({spent['mfu_source']})" + (f"; {spent['dollars']:,.0f} $" if spent["dollars"] else "")
+            f" x MFU {spent['mfu']:.1%}"
         )
-    lines.append(
-        f"family {plan['family']}, windows of {plan['sequence_length']}, law {plan['law']}; {plan['num_shapes']} shapes,"
-        " D of each = FLOPs / FLOPs per token"
-    )
     held = plan["tokens_per_parameter_constraint"]
     title = f"D/N from {held[0]:g} to {held[1]:g}" if held else "any D/N"
-    lines += [f"\nbest with {title}, and all within 0.001 nats of it", candidates_text(plan["near_optimal"])]
-    if plan["near_20_tokens_per_parameter"] and not held:
-        lines += ["\nbest with D near 20N (10 to 30 tokens a parameter)", candidates_text(plan["near_20_tokens_per_parameter"])]
-    by_law = plan["best_by_law"]
-    if by_law:
+    lines = [
+        line,
+        f"family {plan['family']}, windows of {plan['sequence_length']}, law {plan['law']}; {plan['num_shapes']} shapes,"
+        " D of each = FLOPs / FLOPs per token",
+        f"\nbest with {title}, and all within {NEAR_OPTIMAL_NATS} nats of it",
+        candidates_text(plan["near_optimal"]),
+    ]
+    if plan["near_20_tokens_per_parameter"]:
+        low, high = NEAR_20N
+        lines += [
+            f"\nbest with D near 20N ({low:g} to {high:g} tokens a parameter)",
+            candidates_text(plan["near_20_tokens_per_parameter"]),
+        ]
+    if by_law := plan["best_by_law"]:
         lines += ["\nwhat each law would choose", candidates_text(list(by_law.values()), list(by_law))]
-    hours = ", ".join(f"{kind} {value:,.0f}" for kind, value in plan["gpu_hours"].items())
-    lines.append(f"\nGPU-hours of the best (FLOPs / (MFU x peak)): {hours}")
+    hours = [
+        [kind, "n/a" if value is None else f"{value:,.1f}", mfu_text(plan, kind), money(plan["dollars"], kind)]
+        for kind, value in plan["gpu_hours"].items()
+    ]
+    lines += ["\nthe best takes FLOPs / (MFU x peak)", table(["GPU", "GPU-hours", "MFU", "cost"], hours), sources(plan)]
     if plan["warnings"]:
         lines.append("\n" + warnings_text(plan))
     return "\n".join(lines)
+
+
+def mfu_text(plan: dict[str, Any], kind: str) -> str:
+    """MFU of one kind of GPU."""
+    mfu = plan["mfu"][kind]["mfu"]
+    return f"{mfu:.1%}" if mfu else "n/a"
+
+
+def target_text(shape: dict[str, Any], family: str) -> str:
+    """A shape for a parameter target."""
+    return (
+        f"family {family}: {shape['num_hidden_layers']} layers, d_model {shape['hidden_size']}, {shape['num_attention_heads']}"
+        f" heads of {shape['head_dim']}, feed-forward {shape['intermediate_size']}\n12 layers width^2 ="
+        f" {shape['parameters_12_layers_width_squared']:,}; parameters of the {family} shape with its vocabulary:"
+        f" {shape['parameters']:,}"
+    )
 
 
 def candidates_text(candidates: list[dict[str, Any]], names: list[str] | None = None) -> str:
@@ -211,7 +261,7 @@ def candidates_text(candidates: list[dict[str, Any]], names: list[str] | None = 
 def compare_text(plans: list[dict[str, Any]], num_gpus: int) -> str:
     """The founding comparison: one row a recipe."""
     kinds = list(plans[0]["gpu_hours"])
-    launches = [name for name in plans[0]["hours"] if name.split("_")[0] in ("1gpu", f"{num_gpus}gpu")]
+    launches = [name for name in plans[0]["hours"] if plans[0]["launches"][name]["num_processes"] in (1, num_gpus)]
     header = ["recipe", "N", "D", "20N", "D/N", "steps", "steps to 20N", "loss"]
     sizes = [
         [
@@ -227,7 +277,7 @@ def compare_text(plans: list[dict[str, Any]], num_gpus: int) -> str:
         for plan in plans
     ]
     memory = [[plan["recipe"], *(gib(plan["memory_bytes"][launch]) for launch in launches)] for plan in plans]
-    hours = [[plan["recipe"], *(duration(plan["gpu_hours"][kind] / num_gpus) for kind in kinds)] for plan in plans]
+    hours = [[plan["recipe"], *(duration(plan["hours"][launches[-1]][kind]) for kind in kinds)] for plan in plans]
     return (
         f"loss by law {plans[0]['law']}\n{table(header, sizes)}\n\n"
         f"memory per GPU, GiB, at each recipe's micro-batch\n{table(['recipe', *launches], memory)}\n\n"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
+from isoflop import cost
 from isoflop.errors import UserError
 from isoflop.recipe import Model, Recipe
 from isoflop.recipe_file import load_recipe, to_yaml
 from isoflop.scaling.laws import critical_batch_tokens
 
-MIN_STEPS = 1000  # assumption: with fewer, warm-up and decay leave too little between them
+# Assumptions: with fewer steps warm-up and decay leave too little between them; beyond the upper end, where the critical batch
+# allows larger steps, small ones only cost time.
+STEPS = (1_000, 250_000)
 MIN_WINDOWS = 8  # in a step
 WARMUP_SHARE = 0.1  # of the steps at most; the founding recipes warm up over 2,000 of 25,000
 
@@ -20,47 +25,78 @@ def recipe_for(
 ) -> tuple[Recipe, list[str]]:
     """A recipe that spends `tokens` on a shape, and what was changed on the way, a line each.
 
-    Tokens per step are the base recipe's, halved while they are above the critical batch or leave fewer than `MIN_STEPS` steps.
     Steps are rounded down, so that the budget is not exceeded.
     """
     base = load_recipe(base_path)
-    tree: dict[str, Any] = base.model_dump(mode="json", exclude_none=True)
-    tokens_per_step, windows = base.training.tokens_per_step, base.training.tokens_per_step // base.training.sequence_length
-    if sequence_length != base.training.sequence_length:
-        windows = max(1, tokens_per_step // sequence_length)
-    critical, notes = critical_batch_tokens(predicted_loss), []
-    while windows % 2 == 0 and windows > MIN_WINDOWS and _too_large(windows * sequence_length, tokens, critical):
-        windows //= 2
-    if windows * sequence_length != tokens_per_step:
-        notes.append(
-            f"tokens_per_step: {tokens_per_step:,} of the base recipe made {windows * sequence_length:,}, for a critical batch of"
-            f" {critical:,.0f} tokens and at least {MIN_STEPS:,} steps"
-        )
+    windows, notes = _windows_per_step(base, model, tokens, sequence_length, predicted_loss)
     tokens_per_step = windows * sequence_length
     steps = int(tokens // tokens_per_step)
     if not steps:
         raise UserError(f"{tokens:,.0f} tokens are less than one step of {tokens_per_step:,}: a larger budget is needed")
-    micro = max(m for m in range(1, min(windows, base.training.micro_batch_size) + 1) if windows % m == 0)
+    tree: dict[str, Any] = base.model_dump(mode="json", exclude_none=True)
     kept = {k: v for k, v in tree["training"].items() if k not in ("max_tokens", "tokens_per_parameter")}
     tree["model"] = model.model_dump(mode="json", exclude_none=True)
     tree["training"] = kept | {
-        "sequence_length": sequence_length, "tokens_per_step": tokens_per_step, "micro_batch_size": micro, "max_steps": steps,
-    }  # fmt: skip
+        "sequence_length": sequence_length,
+        "tokens_per_step": tokens_per_step,
+        "micro_batch_size": max(m for m in range(1, min(windows, base.training.micro_batch_size) + 1) if windows % m == 0),
+        "max_steps": steps,
+    }
     tree["schedule"]["warmup_steps"] = min(base.schedule.warmup_steps, int(WARMUP_SHARE * steps))
     tree["output"]["run_dir"] = f"runs/{name}"
     if sequence_length != base.training.sequence_length:
-        tree["data"]["prepared_dir"] += f"-windows-of-{sequence_length}"
+        tree["data"]["prepared_dir"] = re.sub(r"-\d+$", "", tree["data"]["prepared_dir"]) + f"-{sequence_length}"
     return Recipe.model_validate(tree), notes
 
 
-def _too_large(tokens_per_step: int, tokens: float, critical: float) -> bool:
-    return tokens_per_step > critical or tokens / tokens_per_step < MIN_STEPS
+def _windows_per_step(
+    base: Recipe, model: Model, tokens: float, sequence_length: int, predicted_loss: float
+) -> tuple[int, list[str]]:
+    """Windows of a step: the base recipe's tokens, halved or doubled towards the critical batch and a fair number of steps."""
+    before = base.training.tokens_per_step
+    windows = max(1, before // sequence_length)
+    notes = []
+    if windows * sequence_length != before:
+        notes.append(f"tokens_per_step: {before:,} of the base recipe is {windows} windows of {sequence_length}")
+    start, critical = windows, critical_batch_tokens(min(predicted_loss, math.log(model.vocab_size)))
+    fewest, most = STEPS
+    while windows % 2 == 0 and windows > MIN_WINDOWS and _halve(windows * sequence_length, tokens, critical, fewest):
+        windows //= 2
+    while tokens / (windows * sequence_length) > most and 2 * windows * sequence_length <= critical:
+        windows *= 2
+    if windows != start:
+        notes.append(
+            f"tokens_per_step: {start * sequence_length:,} made {windows * sequence_length:,}, for a critical batch of"
+            f" {critical:,.0f} tokens and {fewest:,} to {most:,} steps"
+        )
+    return windows, notes
+
+
+def _halve(tokens_per_step: int, tokens: float, critical: float, fewest: int) -> bool:
+    return tokens_per_step > critical or tokens / tokens_per_step < fewest
+
+
+def fit_micro_batch(recipe: Recipe, launch: cost.Launch, memory_bytes: int) -> tuple[Recipe, list[str]]:
+    """The recipe with a micro-batch that fits a GPU, no larger than it was, and what was changed; or that none fits."""
+    largest = cost.largest_micro_batch(recipe.model, recipe.training, recipe.optimizer, launch, memory_bytes)
+    micro = recipe.training.micro_batch_size
+    if largest is None or largest >= micro:
+        return recipe, []
+    if largest == 0:
+        return recipe, [f"micro_batch_size: not even 1 is predicted to fit {launch.num_processes} GPU(s) under {launch.engine}"]
+    training = recipe.training.model_copy(update={"micro_batch_size": largest})
+    note = f"micro_batch_size: {micro} made {largest}, the largest that is predicted to fit under {launch.engine}"
+    return recipe.model_copy(update={"training": training}), [note]
 
 
 def write_recipe(path: Path, recipe: Recipe, header: list[str]) -> None:
     """Write a recipe under comment lines. Raises `UserError` rather than overwrite one."""
     if path.suffix not in (".yaml", ".yml") or not path.parent.is_dir():
         raise UserError(f"--write {path}: give a .yaml file in a folder that exists, e.g. recipes/mine.yaml")
-    if path.exists():
-        raise UserError(f"--write {path} exists already; delete it, or give another name")
-    path.write_text("".join(f"# {line}\n" for line in header) + to_yaml(recipe, exclude_none=True), encoding="utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write("".join(f"# {line}\n" for line in header) + to_yaml(recipe, exclude_none=True))
+    except FileExistsError:
+        raise UserError(f"--write {path} exists already; delete it, or give another name") from None
+    except OSError as error:
+        raise UserError(f"--write {path} cannot be written: {error.strerror}; give another folder") from None

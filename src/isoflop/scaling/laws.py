@@ -9,12 +9,12 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import yaml
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field, PositiveFloat, ValidationError
+from pydantic import Field, ValidationError
 from pydantic import model_validator as checked_by
 
 from isoflop import cost
@@ -29,11 +29,23 @@ INTERVAL = (0.1, 0.9)  # Hoffmann et al. 2022 give the 10th and 90th percentile 
 PF_DAY = 8.64e19  # FLOPs: 1e15 a second for a day, the unit of compute of Kaplan et al. 2020
 
 
+Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+EXPONENTS = {"alpha", "beta", "alpha_N", "alpha_D"}
+EXPONENT_RANGE = (0.001, 10.0)  # beyond it powers of N and D overflow, and no law lies there
+
+
 class FittedOn(Section):
     """The range of the runs a law was fitted to, lowest and highest; beyond it the law is an extrapolation."""
 
-    parameters: tuple[float, float] = Field(strict=False)
-    tokens: tuple[float, float] = Field(strict=False)
+    parameters: tuple[Finite, Finite] = Field(strict=False)
+    tokens: tuple[Finite, Finite] = Field(strict=False)
+
+    @checked_by(mode="after")
+    def _from_low_to_high(self) -> Self:
+        for name, (low, high) in (("parameters", self.parameters), ("tokens", self.tokens)):
+            if low >= high:
+                raise ValueError(f"{name}: [{low:g}, {high:g}] is not lowest first")
+        return self
 
 
 class Law(Section):
@@ -45,12 +57,12 @@ class Law(Section):
 
     name: str = ""
     form: Literal["chinchilla", "kaplan"]
-    coefficients: dict[str, PositiveFloat]
+    coefficients: dict[str, Finite]
     counts: Literal["total", "without_vocabulary"]
     """What N counts: all parameters, or neither token embedding, head nor positions."""
     source: str
     fitted_on: FittedOn | None = None
-    draws: list[list[float]] = []
+    draws: list[list[Finite]] = []
     """Bootstrap draws of the coefficients, in the order of `COEFFICIENTS`; an interval comes from these."""
 
     @checked_by(mode="after")
@@ -60,6 +72,11 @@ class Law(Section):
             raise ValueError(f"coefficients of form {self.form} are {', '.join(wanted)}; given: {', '.join(self.coefficients)}")
         if any(len(draw) != len(wanted) for draw in self.draws):
             raise ValueError(f"every draw has {len(wanted)} numbers: {', '.join(wanted)}")
+        low, high = EXPONENT_RANGE
+        for values in ([self.coefficients[name] for name in wanted], *self.draws):
+            for name, value in zip(wanted, values, strict=True):
+                if name in EXPONENTS and not low <= value <= high:
+                    raise ValueError(f"{name} = {value:g} is not an exponent from {low:g} to {high:g}")
         return self
 
     def size(self, model: Model) -> int:
@@ -81,7 +98,10 @@ class Law(Section):
         return float(low), float(high)
 
     def optimum(self, flops: float) -> tuple[float, float]:
-        """Parameters and tokens of the least loss at C = 6 N D FLOPs (Hoffmann et al. 2022, equation 4), in closed form."""
+        """Parameters and tokens of the law's own least loss at C = 6 N D (Hoffmann et al. 2022, equation 4), in closed form.
+
+        For `kaplan` too, whose paper draws its rules from another fit (`kaplan_optimum`): they ask for more parameters.
+        """
         p = self._powers(self._values())
         scale = (p.alpha * p.a / (p.beta * p.b)) ** (1 / (p.alpha + p.beta))
         parameters = scale * (flops / 6) ** (p.beta / (p.alpha + p.beta))
@@ -129,12 +149,14 @@ def load_law(name_or_path: str) -> Law:
     path: Any = files(__package__) / "published" / f"{name_or_path}.yaml" if published else Path(name_or_path)
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
-        return Law.model_validate({"name": name_or_path, **tree})
-    except (FileNotFoundError, IsADirectoryError):
+        if not isinstance(tree, dict) or "form" not in tree:
+            raise UserError(f"--law {name_or_path}: not a law: a YAML mapping of form, coefficients, counts, source")
+        return Law.model_validate(tree | {"name": name_or_path})
+    except OSError:
         hint = nearest(name_or_path, list(PUBLISHED))
-        raise UserError(f"--law {name_or_path}: neither a published law nor a file{hint}") from None
-    except (UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-        raise UserError(f"--law {name_or_path}: not a YAML mapping of form, coefficients, counts, source ({error})") from None
+        raise UserError(f"--law {name_or_path}: neither a published law nor a file that can be read{hint}") from None
+    except (UnicodeDecodeError, yaml.YAMLError):
+        raise UserError(f"--law {name_or_path}: not YAML; a law is a mapping of form, coefficients, counts, source") from None
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())
         raise UserError(f"--law {name_or_path}: {faults.removeprefix(': ')}") from None
