@@ -170,9 +170,10 @@ def kaplan() -> Iterator[str]:
     best_n, best_d = surface.optimum(BUDGET)
     yield ""
     yield (
-        f"The law `kaplan` that plans are ranked by is the paper's surface of N and D (equation 1.5), for training stopped early."
-        f" Its own least loss at {BUDGET:.3g} FLOPs is {float(surface.loss(best_n, best_d)):.4f} at N {best_n:.3g}, D {best_d:.3g}"
-        " (N grows as C^0.56): the rules above come from another fit, of loss against steps, and the two do not agree."
+        "The law `kaplan` that plans are ranked by is the paper's surface of N and D (equation 1.5), for training stopped early."
+        f" Its own least loss at {BUDGET:.3g} FLOPs is {float(surface.loss(best_n, best_d)):.4f} at N {best_n:.3g}, D"
+        f" {best_d:.3g} (N grows as C^0.56): the rules above come from another fit, of loss"
+        " against steps, and the two do not agree."
     )
 
 

@@ -97,14 +97,17 @@ def test_commands_that_need_the_hub_name_files_that_are_there():
 def test_the_table_of_recipes_is_right():
     from isoflop import cost
 
-    rows = re.findall(r"^\| `(\w[\w.]*)` \| ([\w-]+) \| ([\d,]+) \| ([\d.]+)([MB]) \|", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w[\w.]*)` \| ([\w-]+) \| ([\d,]+) \| ([\d.]+)([MB]) \| (\d+) GB", README, flags=re.MULTILINE)
     assert {row[0] for row in rows} == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    for name, family, parameters, tokens, unit in rows:
+    for name, family, parameters, tokens, unit, memory_gb in rows:
         recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
         assert f"{cost.parameters(recipe.model):,}" == parameters
         assert recipe.model.model_type == {"GPT-2": "gpt2", "Llama": "llama"}[family]
         total = recipe.training.num_steps(0) * recipe.training.tokens_per_step / {"M": 1e6, "B": 1e9}[unit]
         assert f"{total:.1f}" == tokens
+        needed = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, cost.Launch("1gpu", "single")).total
+        fitting = [gpu.memory_bytes for gpu in cost.GPUS.values() if needed <= cost.usable_bytes(gpu.memory_bytes)]
+        assert min(fitting) // 2**30 == int(memory_gb), name
 
 
 def test_pages_and_files_that_are_named_exist():
