@@ -12,7 +12,7 @@ from isoflop.errors import UserError, nearest
 from isoflop.families import PUBLISHED_MODELS, Family, at_sequence_length, family
 from isoflop.plan import text
 from isoflop.plan.budgets import GpuTime, plan_budget
-from isoflop.plan.launches import FOLDER, is_gpu, known_launches
+from isoflop.plan.launches import config_of, is_gpu, known_launches
 from isoflop.plan.options import check, mode_of, parser
 from isoflop.plan.recipes import COMPUTE_OPTIMAL, Machine, machines, plan_recipe, shape, warnings
 from isoflop.plan.written import fit_micro_batch, recipe_for, write_recipe
@@ -118,10 +118,10 @@ def _with_recipe(
 
 
 def _launch(options: argparse.Namespace) -> cost.Launch:
-    """The launch config for so many GPUs; where several are, the one that shards most."""
+    """The launch config for so many GPUs, the one that shards most where there are several; DDP where there is none."""
     num_gpus = options.gpus or 1
-    fitting = [launch for launch in known_launches(num_gpus) if launch.num_processes == num_gpus and is_gpu(launch)]
-    return max(fitting, key=lambda launch: ((FOLDER / f"{launch.name}.yaml").is_file(), launch.shards))
+    there = [x for x in known_launches(num_gpus) if x.num_processes == num_gpus and is_gpu(x) and config_of(x).is_file()]
+    return max(there, key=lambda launch: launch.shards, default=cost.Launch(f"{num_gpus}gpu_ddp", "ddp", num_gpus))
 
 
 def _members(options: argparse.Namespace, default: str) -> Family:
@@ -231,10 +231,16 @@ def _write(
         *notes,
     ]
     write_recipe(options.write, recipe, header)
-    path, config = shlex.quote(str(options.write)), _launch(options).name
+    path, launch = shlex.quote(str(options.write)), _launch(options)
+    config = config_of(launch)
+    how = (
+        f"--config_file {config}"
+        if config.is_file()
+        else f"--multi_gpu --num_processes {launch.num_processes} --mixed_precision bf16"
+    )
     return "\n".join([
         f"wrote {options.write}: {recipe.training.max_steps:,} steps x {recipe.training.tokens_per_step:,} tokens",
         *notes,
         f"next: python scripts/prepare.py {path}",
-        f"then: accelerate launch --config_file accelerate_configs/{config}.yaml scripts/pretrain.py {path} --dry-run",
+        f"then: accelerate launch {how} scripts/pretrain.py {path} --dry-run",
     ])  # fmt: skip

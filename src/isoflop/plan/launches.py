@@ -27,6 +27,11 @@ def read_launch(path: Path) -> Launch:
     raise UserError(f"{path}: distributed_type {kind} is neither one process, DDP, DeepSpeed ZeRO stage 1 nor FSDP")
 
 
+def config_of(launch: Launch) -> Path:
+    """Where a launch's config lies, if it has one."""
+    return FOLDER / f"{launch.name}.yaml"
+
+
 def known_launches(num_gpus: int) -> list[Launch]:
     """The launch configs of this checkout, and every engine on `num_gpus` GPUs that none of them has."""
     launches = [read_launch(path) for path in sorted(FOLDER.glob("*.yaml"))]
