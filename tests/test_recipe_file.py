@@ -147,3 +147,9 @@ def test_overrides_that_are_none(override, message, write_recipe):
     file.write_text(file.read_text() + "seed: 3\n")
     with pytest.raises(UserError, match=message):
         load_recipe(file, [override])
+
+
+def test_outside_the_checkout_the_error_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no recipes/ here: run from the root of the checkout"):
+        load_recipe("recipes/quickstart.yaml")

@@ -49,7 +49,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        raise UserError(f"recipe {path} does not exist{nearest(str(path), known) if known else ''}") from None
+        hint = nearest(str(path), known) if known else "; there is no recipes/ here: run from the root of the checkout"
+        raise UserError(f"recipe {path} does not exist{hint}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from None
     except OSError as error:

@@ -14,7 +14,7 @@ from isoflop.plan import text
 from isoflop.plan.budgets import GpuTime, plan_budget
 from isoflop.plan.launches import config_of, is_gpu, known_launches
 from isoflop.plan.options import check, mode_of, parser
-from isoflop.plan.recipes import COMPUTE_OPTIMAL, Machine, machines, plan_recipe, shape, warnings
+from isoflop.plan.recipes import COMPUTE_OPTIMAL, Machine, machines, plan_recipe, shape
 from isoflop.plan.written import fit_micro_batch, recipe_for, write_recipe
 from isoflop.recipe import Recipe
 from isoflop.recipe_file import load_recipe
@@ -99,7 +99,7 @@ def _with_recipe(
 ) -> tuple[dict[str, Any], str]:
     """Add to a search what its recipe would be, with the warnings that only a recipe has; write it if that was asked for."""
     whole = plan_recipe(recipe, members.recipe, law, _machines(options), options.gpus or 1, options.price)
-    plan["warnings"] += [warning for warning in warnings(whole, law) if warning not in plan["warnings"]]
+    plan["warnings"] += [warning for warning in whole["warnings"] if warning not in plan["warnings"]]
     training = recipe.training
     plan["recipe"] = {
         "steps": whole["steps"],

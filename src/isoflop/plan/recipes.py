@@ -11,7 +11,7 @@ from isoflop import cost
 from isoflop.data.manifest import FILE_NAME
 from isoflop.errors import UserError
 from isoflop.plan.launches import is_gpu, known_launches
-from isoflop.recipe import HubSource, Recipe
+from isoflop.recipe import HubSource, Model, Recipe
 from isoflop.scaling.laws import PUBLISHED, Law, critical_batch_tokens, effective_tokens, load_law
 
 # Tokens of a dataset's training split as its card states them (by another tokenizer: a few percent off), until it is prepared.
@@ -120,7 +120,7 @@ def size(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def shape(model: Any) -> dict[str, Any]:
+def shape(model: Model) -> dict[str, Any]:
     """A shape under transformers' LLaMA names, for either class."""
     s = cost.shape_of(model)
     return {
