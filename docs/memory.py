@@ -80,8 +80,8 @@ def page() -> str:
         "## fp32 on a CPU",
         "",
         "Against the growth of a real process while it trains, with `MALLOC_MMAP_THRESHOLD_=65536 MALLOC_ARENA_MAX=1`, so that",
-        "glibc gives freed memory back at once (without it a process holds up to 40% more, for reuse). Libraries that load on",
-        "first use are in it, most of the difference for the smallest recipe.",
+        "glibc gives freed memory back at once (without it a process holds up to 40% more, for reuse). What importing freed is",
+        "filled first and what libraries load on first use is added: some 50 MB either way, so the smallest recipe says little.",
         "",
         *measured(),
     ]

@@ -181,7 +181,12 @@ def describe(job: Job) -> list[str]:
         f" {training.tokens_per_step:,} tokens a step = {training.sequence_length} x micro-batch {training.micro_batch_size}"
         f" x accumulation {job.accumulation} x {accelerator.num_processes}",
         f"memory: {job.predicted_memory_bytes():,} bytes a process at the peak = {parts}"
-        + (f" + {job.memory_before_bytes:,} of the process before the model was built" if job.memory_before_bytes else ""),
+        + (
+            f" + {job.memory_before_bytes:,} of the process before the model was built; a CPU's"
+            " allocator keeps some more for reuse"
+            if job.memory_before_bytes
+            else ""
+        ),
         f"disk: a checkpoint takes about {checkpoint_bytes:,} bytes, {recipe.output.keep_last} are kept"
         f" and one more is being written; {job.folder.free_bytes():,} bytes are free at {job.folder.path}",
     ]
