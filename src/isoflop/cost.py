@@ -134,10 +134,10 @@ def flops_per_token(model: Gpt2Model | LlamaModel, sequence_length: int) -> int:
     """
     s = shape_of(model)
     attention = 4 * sequence_length * s.num_heads * s.head_dim * s.num_layers
-    return 3 * (2 * _matmul_parameters(model) + attention)
+    return 3 * (2 * matmul_parameters(model) + attention)
 
 
-def _matmul_parameters(model: Gpt2Model | LlamaModel) -> int:
+def matmul_parameters(model: Gpt2Model | LlamaModel) -> int:
     """Parameters that matrix products run over: attention, feed-forward and the head, tied or not."""
     s = shape_of(model)
     attention = 2 * s.hidden_size * s.num_heads * s.head_dim + 2 * s.hidden_size * s.num_key_value_heads * s.head_dim
@@ -191,14 +191,22 @@ ASSUMED_MFU = 0.35  # assumption, for known hardware without a row: the low end 
 
 
 def mfu_row(name: str, parameters: float) -> MfuRow:
-    """The measured row of a GPU nearest in log size; an assumption, which says so, where none was measured."""
-    rows = [row for row in MFU_ROWS if row.gpu == name]
+    """MFU of a GPU at a model size, between its measured rows by log size, at the ends the last one's.
+
+    An assumption, which says so, where none was measured.
+    """
+    rows = sorted((row for row in MFU_ROWS if row.gpu == name), key=lambda row: row.parameters)
     if not rows:
-        return MfuRow(
-            name, parameters, ASSUMED_MFU, "assumption: not measured on this hardware; give --mfu, or run --measure there"
-        )
-    closest = min(rows, key=lambda row: abs(math.log(row.parameters / parameters)))
-    return closest._replace(source=f"{closest.source}, {closest.parameters / 1e6:,.0f}M parameters")
+        source = "assumption: not measured on this hardware; give --mfu, or add --measure there"
+        return MfuRow(name, parameters, ASSUMED_MFU, source)
+    below = max((row for row in rows if row.parameters <= parameters), key=lambda row: row.parameters, default=rows[0])
+    above = min((row for row in rows if row.parameters >= parameters), key=lambda row: row.parameters, default=rows[-1])
+    if below is above:
+        return below._replace(source=f"{below.source}, {below.parameters / 1e6:,.0f}M parameters")
+    share = math.log(parameters / below.parameters) / math.log(above.parameters / below.parameters)
+    sizes = f"{below.mfu:.1%} at {below.parameters / 1e6:,.0f}M and {above.mfu:.1%} at {above.parameters / 1e6:,.0f}M parameters"
+    source = below.source if below.source == above.source else f"{below.source}; {above.source}"
+    return MfuRow(name, parameters, below.mfu + share * (above.mfu - below.mfu), f"between {sizes}: {source}")
 
 
 def train_hours(flops: float, peak_flops: float, num_gpus: int, mfu: float) -> float:
@@ -263,7 +271,7 @@ def predicted_memory(model: Gpt2Model | LlamaModel, training: Training, optimize
     """
     n, shards, mode = parameters(model), launch.shards, launch.arithmetic
     moments = n * optimizer_bytes_per_parameter(optimizer) // shards
-    matrices = _matmul_parameters(model)
+    matrices = matmul_parameters(model)
     weights, gradients, copies = 4 * n, 4 * n, 2 * matrices if mode == "autocast" else 0
     if launch.engine == "zero1":
         weights = (2 if launch.bf16 else 4) * n + (4 * n // shards if launch.bf16 else 0)

@@ -39,8 +39,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     before = peak_memory_bytes(device)
     micro_s, update_s = _time_steps(recipe, device, launch)
     peak = peak_memory_bytes(device) - before
-    micro_batches = training.tokens_per_step / (training.sequence_length * training.micro_batch_size)
-    tokens_per_s = training.tokens_per_step / (micro_batches * micro_s + update_s)
+    tokens_per_s = training.tokens_per_step / (_micro_batches(recipe) * micro_s + update_s)
     flops_per_s = tokens_per_s * cost.flops_per_token(recipe.model, training.sequence_length)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     hardware_peak = cost.peak_bf16_flops(name)
@@ -60,6 +59,11 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "peak_memory_kind": "allocator's peak" if device.type == "cuda" else "growth of the process",
     }
+
+
+def _micro_batches(recipe: Recipe) -> int:
+    """Of one step on one device."""
+    return recipe.training.tokens_per_step // (recipe.training.sequence_length * recipe.training.micro_batch_size)
 
 
 def _require_room(recipe: Recipe, predicted: int, device: torch.device) -> None:
@@ -86,6 +90,8 @@ def _time_steps(recipe: Recipe, device: torch.device, launch: cost.Launch) -> tu
         finished = _now(device)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
         optimizer.step()
+        if _micro_batches(recipe) == 1:
+            optimizer.zero_grad()
         micro_s.append(finished - started)
         update_s.append(_now(device) - finished)
     return statistics.median(micro_s[WARMUP:]), statistics.median(update_s[WARMUP:])
@@ -104,7 +110,6 @@ def tracked_memory_bytes(recipe: Recipe, bf16: bool) -> int:
     takes seconds where they take none. fp32, or bf16 autocast.
     """
     training, device = recipe.training, torch.device("cpu")
-    per_step = training.tokens_per_step // (training.sequence_length * training.micro_batch_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
         eager = recipe.model_copy(update={"training": training.model_copy(update={"compile": False})})
         model = build_training_model(eager, eos_token_id=0, bos_token_id=None)
@@ -119,7 +124,7 @@ def tracked_memory_bytes(recipe: Recipe, bf16: bool) -> int:
                 loss.backward()
                 del loss
                 optimizer.step()
-                if per_step == 1:
+                if _micro_batches(recipe) == 1:
                     optimizer.zero_grad()
                 tracker.reset_mod_stats()
         return int(tracker.get_tracker_snapshot("peak")[device]["Total"])

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from isoflop import cost
@@ -81,6 +82,7 @@ def report(folder: RunFolder, summary: dict[str, Any]) -> None:
         f" token frequencies alone: {s['unigram_entropy_nats']:.4f}\n"
         f"{s['tokens']:,} tokens in {s['steps']:,} steps, {s['elapsed_s']:,.0f} s; median {s['tokens_per_s']:,.0f} tokens/s,"
         f" MFU {mfu}\npeak memory {s['peak_memory_bytes']:,} bytes, predicted {s['predicted_memory_bytes']:,}"
+        + ("" if torch.cuda.is_available() else " (a CPU's allocator keeps more for reuse)")
     )
     for text in s["samples"]:
         print(f"sample: {text}")

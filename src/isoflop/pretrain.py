@@ -152,14 +152,15 @@ def train_step(job: Job, step: int) -> Row | None:
 
 
 def settle_buckets(job: Job) -> None:
-    """Let DDP arrange its gradient buckets in a backward pass that counts for nothing.
+    """Let DDP arrange its gradient buckets in backward passes that count for nothing.
 
     It does so after the first one; the sums of three ranks or more depend on the arrangement in their last bits, so a resumed run
-    would differ from an undisturbed one.
+    would differ from an undisturbed one. The second fills the new buckets; the old ones are let go before they are made.
     """
     if job.accelerator.num_processes > 1:
-        job.accelerator.backward(job.model(job.batch(step=0)[0]))
-        job.optimizer.zero_grad(set_to_none=False)
+        for set_to_none in (True, False):
+            job.accelerator.backward(job.model(job.batch(step=0)[0]))
+            job.optimizer.zero_grad(set_to_none=set_to_none)
 
 
 def measure(job: Job, log: MetricsLog, row: Row) -> bool:
@@ -301,6 +302,7 @@ def check_only(job: Job) -> int:
     require_disk(job)
     there = checkpoint.list_checkpoints(job.folder.checkpoints)
     onwards = f", going on from {there[-1].name}" if there else ""
+    settle_buckets(job)
     started = time.perf_counter()
     row = train_step(job, step=0)
     if row is None:

@@ -13,6 +13,7 @@ from conftest import ROOT
 from isoflop import cost
 from isoflop.errors import UserError
 from isoflop.plan.command import main
+from isoflop.recipe import require_whole_steps
 from isoflop.recipe_file import load_recipe
 from isoflop.scaling.laws import PUBLISHED, load_law
 
@@ -188,7 +189,26 @@ def test_a_micro_batch_that_does_not_fit_is_made_smaller(plan, tmp_path):
         cost.largest_micro_batch(recipe.model, recipe.training, recipe.optimizer, launch, memory)
         == recipe.training.micro_batch_size
     )
-    assert any(note.startswith("micro_batch_size: 8 made ") for note in found["recipe"]["notes"])
+    assert any(note.startswith("micro_batch_size: 8 made ") and "predicted to fit" in note for note in found["recipe"]["notes"])
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize(
+    "arguments", [("--flops", "1e21"), ("--flops", "1e20", "--sequence-length", "3000"), ("models", "gpt2-xl")]
+)
+def test_what_is_written_divides_by_the_gpus(plan, arguments, num_gpus, tmp_path):
+    plan(*arguments, "--gpus", num_gpus, "--gpu", "h200", "--write", tmp_path / "w.yaml")
+    recipe = load_recipe(tmp_path / "w.yaml")
+    assert require_whole_steps(recipe.training, num_gpus) >= 1
+    launch = cost.Launch("x", "ddp" if num_gpus > 1 else "single", num_gpus)
+    predicted = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, launch).total
+    assert predicted <= cost.usable_bytes(cost.GPUS["h200"].memory_bytes)
+
+
+def test_a_model_that_no_card_holds_is_written_with_the_word(plan, text, tmp_path):
+    said = text("models", "llama-2-7b", "--gpus", 2, "--gpu", "a6000", "--write", tmp_path / "w.yaml")
+    assert "micro_batch_size: not even 1 is predicted to fit 2 GPU(s) under ddp" in said
+    assert "# micro_batch_size: not even 1" in (tmp_path / "w.yaml").read_text()
 
 
 def test_a_loss_worse_than_guessing_is_called_so(plan):
@@ -226,6 +246,14 @@ def test_compare_has_a_row_a_recipe(plan, text):
     for row in found:
         assert f"{row['parameters']['total']:,}" in shown
         assert f"{row['predicted_loss']:.4f}" in shown
+        assert (
+            sum(
+                row["recipe"].split("/")[1].removesuffix(".yaml") == line.split()[0]
+                for line in shown.splitlines()
+                if line.split()
+            )
+            == 1
+        )
 
 
 def test_models_lists_the_published_shapes(plan, text):
@@ -337,6 +365,7 @@ def test_a_small_budget_is_written_with_a_smaller_step(plan, tmp_path):
         (("recipes/llama2_1.36b.yaml", "model.hidden_size=100000000000000000001"), r"is not a multiple of num_attention_heads"),
         (("--flops", "1e21", "--family", ""), r"--family : not a family"),
         (("--flops", "1e21", "--write", "/proc/mine.yaml"), r"--write /proc/mine.yaml cannot be written"),
+        (("recipes/quickstart.yaml", "--measure", "--mfu", "0.4"), r"--mfu 0.4 and --measure both set the MFU"),
         (("models", "gpt5"), r"models gpt5: not a published model; known here: gpt2-large"),
         (("compare",), r"compare needs recipes"),
         (("recipes/lama2.yaml",), r"recipe recipes/lama2.yaml does not exist; did you mean"),

@@ -15,7 +15,7 @@ from isoflop.plan.budgets import GpuTime, plan_budget
 from isoflop.plan.launches import config_of, is_gpu, known_launches
 from isoflop.plan.options import check, mode_of, parser
 from isoflop.plan.recipes import COMPUTE_OPTIMAL, Machine, machines, plan_recipe, shape
-from isoflop.plan.written import fit_micro_batch, recipe_for, write_recipe
+from isoflop.plan.written import Target, recipe_for, write_recipe
 from isoflop.recipe import Recipe
 from isoflop.recipe_file import load_recipe
 from isoflop.scaling.laws import DEFAULT_LAW, Law, load_law
@@ -53,18 +53,24 @@ def _recipe(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]
         from isoflop.measure import measure  # torch: only where real steps are asked for
 
         measured = measure(recipe)
-        kinds = [_as_measured(kind, measured) for kind in kinds]
+        kinds = _as_measured(kinds, measured, described=options.peak_tflops is not None)
     plan = plan_recipe(recipe, path, law, kinds, options.gpus or 2, options.price)
     if measured:
         plan["measured"] = measured | {"hours": plan["tokens"] / measured["tokens_per_s"] / 3600}
     return plan, text.recipe_text(plan)
 
 
-def _as_measured(kind: Machine, measured: dict[str, Any]) -> Machine:
-    """A kind of GPU with the MFU that this machine reached, if it is one of these."""
-    if measured["mfu"] is None or cost.gpu_name(measured["device"]) != kind.name:
-        return kind
-    return kind._replace(mfu=measured["mfu"], mfu_source="measured just now on this machine, one GPU")
+def _as_measured(kinds: list[Machine], measured: dict[str, Any], described: bool) -> list[Machine]:
+    """The kinds of GPU with the MFU that this machine reached, for the one it is: by its name, or as the user described it."""
+    if described:
+        mfu, name = measured["flops_per_s"] / kinds[0].peak_flops_per_s, kinds[0].name
+    elif measured["mfu"] is None:
+        return kinds
+    else:
+        mfu, name = measured["mfu"], cost.gpu_name(measured["device"])
+    others = [kind for kind in kinds if kind.name != name]
+    this = next((kind for kind in kinds if kind.name == name), None) or machines(name, None, None)[0]
+    return [this._replace(mfu=mfu, mfu_source="measured just now on this machine, one device"), *others]
 
 
 def _compare(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]:
@@ -84,13 +90,10 @@ def _machines(options: argparse.Namespace) -> list[Machine]:
 def _budget(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]:
     members, kinds = _members(options, "llama3"), _machines(options)
     plan, best = plan_budget(members, _spending(options), law, _constraint(options), kinds, options.price)
+    stem = options.write.stem if options.write else "plan"
     recipe, notes = recipe_for(
-        best.model, best.tokens, members.sequence_length, best.predicted_loss, members.recipe,
-        options.write.stem if options.write else "plan",
-    )  # fmt: skip
-    if options.gpu and kinds[0].memory_bytes:
-        recipe, more = fit_micro_batch(recipe, _launch(options), kinds[0].memory_bytes)
-        notes += more
+        best.model, best.tokens, members.sequence_length, best.predicted_loss, members.recipe, stem, _target_of(options)
+    )
     return _with_recipe(options, law, plan, recipe, notes, f"{best.flops:.6g} FLOPs", members)
 
 
@@ -121,7 +124,13 @@ def _launch(options: argparse.Namespace) -> cost.Launch:
     """The launch config for so many GPUs, the one that shards most where there are several; DDP where there is none."""
     num_gpus = options.gpus or 1
     there = [x for x in known_launches(num_gpus) if x.num_processes == num_gpus and is_gpu(x) and config_of(x).is_file()]
-    return max(there, key=lambda launch: launch.shards, default=cost.Launch(f"{num_gpus}gpu_ddp", "ddp", num_gpus))
+    ddp = cost.Launch(f"{num_gpus}gpu_ddp", "ddp", num_gpus)
+    return max(there, key=lambda launch: launch.shards, default=ddp)
+
+
+def _target_of(options: argparse.Namespace) -> Target:
+    """What a written recipe is meant for: so many GPUs, and the memory of one, if its kind was named."""
+    return Target(_launch(options), _machines(options)[0].memory_bytes if options.gpu else None)
 
 
 def _members(options: argparse.Namespace, default: str) -> Family:
@@ -173,7 +182,8 @@ def _target(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]
     if options.write:
         tokens = float(COMPUTE_OPTIMAL * n)
         loss = float(law.loss(law.size(model), tokens))
-        recipe, notes = recipe_for(model, tokens, members.sequence_length, loss, members.recipe, options.write.stem)
+        stem, target = options.write.stem, _target_of(options)
+        recipe, notes = recipe_for(model, tokens, members.sequence_length, loss, members.recipe, stem, target)
         whole = plan_recipe(recipe, members.recipe, law, _machines(options))
         rendered += "\n" + _write(options, recipe, notes, f"{COMPUTE_OPTIMAL} tokens a parameter", whole, members)
     return answer, rendered
@@ -206,7 +216,8 @@ def _model(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]:
     tokens = facts.training_tokens or float(COMPUTE_OPTIMAL * cost.parameters(facts.model))
     loss = float(law.loss(law.size(facts.model), tokens))
     stem = options.write.stem if options.write else name
-    recipe, notes = recipe_for(facts.model, tokens, members.sequence_length, loss, members.recipe, stem)
+    target = _target_of(options)
+    recipe, notes = recipe_for(facts.model, tokens, members.sequence_length, loss, members.recipe, stem, target)
     plan = plan_recipe(recipe, name, law, _machines(options), options.gpus or 2, options.price)
     rendered = text.recipe_text(plan)
     if options.write:

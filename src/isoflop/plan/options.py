@@ -96,6 +96,8 @@ def check(options: argparse.Namespace, mode: Mode) -> None:
         if value is not None and not low < value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value:g} is not within {low:g} to {high:g}; give one that is")
     given = {name for name, value in vars(options).items() if value is not None and name not in ("what", "json")}
+    if options.measure and options.mfu is not None:
+        raise UserError(f"--mfu {options.mfu:g} and --measure both set the MFU; leave one out")
     if ignored := sorted(given - TAKES[mode]):
         named, taken = (", ".join(f"--{name.replace('_', '-')}" for name in names) for names in (ignored, sorted(TAKES[mode])))
         question = {"budget": "a budget", "target": "a shape for a target", "model": "models NAME", "recipe": "a recipe"}

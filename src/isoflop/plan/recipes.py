@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from isoflop import cost
 from isoflop.data.manifest import FILE_NAME
 from isoflop.errors import UserError
-from isoflop.plan.launches import is_gpu, known_launches
+from isoflop.plan.launches import config_of, is_gpu, known_launches
 from isoflop.recipe import HubSource, Model, Recipe
 from isoflop.scaling.laws import PUBLISHED, Law, critical_batch_tokens, effective_tokens, load_law
 
@@ -43,7 +43,7 @@ class Machine(NamedTuple):
         if self.mfu is not None:
             return self.mfu, self.mfu_source
         if self.name not in cost.GPUS:
-            return None, "n/a: not known for this hardware; give --mfu, or run --measure there"
+            return None, "n/a: not known for this hardware; give --mfu, or add --measure there"
         row = cost.mfu_row(self.name, parameters)
         return row.mfu, row.source
 
@@ -108,6 +108,7 @@ def size(recipe: Recipe) -> dict[str, Any]:
         },
         "moments_bytes_per_parameter": cost.optimizer_bytes_per_parameter(recipe.optimizer),
         "activation_checkpointing": training.activation_checkpointing,
+        "matmul_parameters": cost.matmul_parameters(model),
         "flops_per_token": flops_per_token,
         "flops_per_token_6n": 6 * parameters,
         "flops": tokens * flops_per_token,
@@ -192,7 +193,14 @@ def needs(
     n, flops = plan["parameters"]["total"], plan["flops"]
     gpu_hours = {kind.name: kind.hours(flops, n) for kind in kinds}
     return {
-        "launches": {x.name: {"engine": x.engine, "num_processes": x.num_processes} for x in launches},
+        "launches": {
+            x.name: {
+                "engine": x.engine,
+                "num_processes": x.num_processes,
+                "config": str(config_of(x)) if config_of(x).is_file() else None,
+            }
+            for x in launches
+        },
         "memory_bytes": {name: memory.total for name, memory in parts.items()},
         "memory_by_part_bytes": {name: memory._asdict() for name, memory in parts.items()},
         "largest_micro_batch": {

@@ -64,8 +64,8 @@ def _size(plan: dict[str, Any]) -> str:
         f" {m['num_attention_heads']} heads ({m['num_key_value_heads']} key-value) of {m['head_dim']}, feed-forward"
         f" {m['intermediate_size']}, vocabulary {m['vocab_size']:,}{', tied' if m['tie_word_embeddings'] else ''}\n"
         f"parameters N: {p['total']:,} = {classes}; without embedding {p['without_embedding']:,}\n"
-        f"FLOPs per token: {plan['flops_per_token']:,} = 3 x (2 x matmul parameters + 4 x {s} x {width} x"
-        f" {m['num_hidden_layers']} layers); 6N = {plan['flops_per_token_6n']:,}\n"
+        f"FLOPs per token: {plan['flops_per_token']:,} = 3 x (2 x {plan['matmul_parameters']:,} in matrix products"
+        f" + 4 x {s} x {width} x {m['num_hidden_layers']} layers); 6N = {plan['flops_per_token_6n']:,}\n"
         f"tokens D: {plan['tokens']:,} = {plan['steps']:,} steps x {plan['tokens_per_step']:,};"
         f" {plan['flops']:.4g} FLOPs = D x FLOPs per token\n"
         f"D/N: {plan['tokens_per_parameter']:.2f}; {COMPUTE_OPTIMAL}N = {plan['tokens_at_20_per_parameter']:,} tokens ="
@@ -102,9 +102,10 @@ def _memory(plan: dict[str, Any]) -> str:
     for launch, parts in plan["memory_by_part_bytes"].items():
         largest = plan["largest_micro_batch"].get(launch, {})
         fits = ["-" if largest.get(kind) is None else str(largest[kind]) for kind in kinds]
-        rows.append([launch, *map(gib, parts.values()), gib(plan["memory_bytes"][launch]), *fits])
+        mark = "" if plan["launches"][launch]["config"] else " *"
+        rows.append([launch + mark, *map(gib, parts.values()), gib(plan["memory_bytes"][launch]), *fits])
     header = ["launch", "weights", "grads", "moments", "copies", "activations", "loss", "total", *kinds]
-    moments = plan["moments_bytes_per_parameter"]
+    moments, configs = plan["moments_bytes_per_parameter"], [launch["config"] for launch in plan["launches"].values()]
     layers, tokens = plan["model"]["num_hidden_layers"], plan["micro_batch_tokens"]
     if plan["activation_checkpointing"]:
         activations = f"each layer's input, {layers} layers x {tokens:,} tokens x hidden size x 4 bytes (2 under ZeRO-1, FSDP2)"
@@ -113,10 +114,13 @@ def _memory(plan: dict[str, Any]) -> str:
             f"{count:,} bytes ({who})" for who, count in plan["activation_bytes_per_token_and_layer"].items()
         )
     return "\n".join([
-        f"memory per device, GiB, at micro-batch {plan['micro_batch_size']}; under each GPU the largest micro-batch that fits",
+        f"memory per device, GiB, at micro-batch {plan['micro_batch_size']}; under each GPU the largest micro-batch that fits"
+        " (0: none; -: the GPUs do not divide a step's windows)",
         table(header, rows),
         f"  weights, gradients, moments: one process and DDP 4N, 4N, {moments}N; ZeRO-1 2N + 4N/GPUs, 4N, {moments}N/GPUs;"
-        f" FSDP2 4N, 4N, {moments}N, all over GPUs; gradients 0 where a step is one micro-batch: they come as activations go",
+        f" FSDP2 4N, 4N, {moments}N, all over GPUs; on one GPU and under FSDP2 gradients come as activations go where a"
+        " step is one micro-batch",
+        "  *: predicted only, accelerate_configs/ has no file for it" if None in configs else "  every row has its launch config",
         "  copies: bf16 weights of autocast, 2 x matmul parameters; FSDP2: the layers that are whole",
         f"  activations: {activations}",
         "  loss: last norm to cross-entropy, the head's gradient and one chunk of logits",
@@ -262,26 +266,28 @@ def compare_text(plans: list[dict[str, Any]], num_gpus: int) -> str:
     """The founding comparison: one row a recipe."""
     kinds = list(plans[0]["gpu_hours"])
     launches = [name for name in plans[0]["hours"] if plans[0]["launches"][name]["num_processes"] in (1, num_gpus)]
-    header = ["recipe", "N", "D", "20N", "D/N", "steps", "steps to 20N", "loss"]
-    sizes = [
+    header = ["recipe", "N", "D", "20N", "D/N", "steps to 20N", "loss", *(f"{name}, GiB" for name in launches)]
+    header += [f"{num_gpus}x {kind}" for kind in kinds]
+    rows = [
         [
-            plan["recipe"],
+            plan["recipe"].rsplit("/", 1)[-1].removesuffix(".yaml"),
             f"{plan['parameters']['total']:,}",
             f"{plan['tokens'] / 1e9:.2f}B",
             f"{plan['tokens_at_20_per_parameter'] / 1e9:.2f}B",
             f"{plan['tokens_per_parameter']:.1f}",
-            f"{plan['steps']:,}",
             f"{plan['steps_at_20_per_parameter']:,}",
             f"{plan['predicted_loss']:.4f}",
+            *(gib(plan["memory_bytes"][launch]) for launch in launches),
+            *(
+                duration(plan["hours"][launches[-1]][kind]) + (f" {money(plan['dollars'], kind)}" if plan["dollars"] else "")
+                for kind in kinds
+            ),
         ]
         for plan in plans
     ]
-    memory = [[plan["recipe"], *(gib(plan["memory_bytes"][launch]) for launch in launches)] for plan in plans]
-    hours = [[plan["recipe"], *(duration(plan["hours"][launches[-1]][kind]) for kind in kinds)] for plan in plans]
     return (
-        f"loss by law {plans[0]['law']}\n{table(header, sizes)}\n\n"
-        f"memory per GPU, GiB, at each recipe's micro-batch\n{table(['recipe', *launches], memory)}\n\n"
-        f"time on {num_gpus} GPUs = D x FLOPs per token / (MFU x peak x GPUs)\n{table(['recipe', *kinds], hours)}\n\n"
+        f"loss by law {plans[0]['law']}; memory per GPU at each recipe's micro-batch; time on {num_gpus} GPU(s) = D x FLOPs per"
+        f" token / (MFU x peak x GPUs)\n{table(header, rows)}\n{sources(plans[0])}\n\n"
         + "\n".join(f"warning: {plan['recipe']}: {warning}" for plan in plans for warning in plan["warnings"])
     )
 

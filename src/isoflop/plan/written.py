@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from isoflop import cost
 from isoflop.errors import UserError
@@ -20,47 +20,64 @@ MIN_WINDOWS = 8  # in a step
 WARMUP_SHARE = 0.1  # of the steps at most; the founding recipes warm up over 2,000 of 25,000
 
 
+class Target(NamedTuple):
+    """What a written recipe will be launched on."""
+
+    launch: cost.Launch = cost.Launch("1gpu", "single")
+    memory_bytes: int | None = None
+    """Of one GPU; no limit where it is not known."""
+
+
 def recipe_for(
-    model: Model, tokens: float, sequence_length: int, predicted_loss: float, base_path: str, name: str
+    model: Model, tokens: float, sequence_length: int, predicted_loss: float, base_path: str, name: str, target: Target
 ) -> tuple[Recipe, list[str]]:
     """A recipe that spends `tokens` on a shape, and what was changed on the way, a line each.
 
-    Steps are rounded down, so that the budget is not exceeded.
+    Steps are rounded down, so that the budget is not exceeded; windows of a step divide by the GPUs.
     """
-    base = load_recipe(base_path)
-    windows, notes = _windows_per_step(base, model, tokens, sequence_length, predicted_loss)
+    base, num_gpus = load_recipe(base_path), target.launch.num_processes
+    windows, notes = _windows_per_step(base, model, tokens, sequence_length, predicted_loss, num_gpus)
     tokens_per_step = windows * sequence_length
     steps = int(tokens // tokens_per_step)
     if not steps:
         raise UserError(f"{tokens:,.0f} tokens are less than one step of {tokens_per_step:,}: a larger budget is needed")
     tree: dict[str, Any] = base.model_dump(mode="json", exclude_none=True)
     kept = {k: v for k, v in tree["training"].items() if k not in ("max_tokens", "tokens_per_parameter")}
+    micro = base.training.micro_batch_size
+    dividing = max(m for m in range(1, min(windows // num_gpus, micro) + 1) if windows // num_gpus % m == 0)
+    if dividing != micro:
+        notes.append(
+            f"micro_batch_size: {micro} made {dividing}, which divides the {windows // num_gpus} windows of a process's step"
+        )
     tree["model"] = model.model_dump(mode="json", exclude_none=True)
     tree["training"] = kept | {
         "sequence_length": sequence_length,
         "tokens_per_step": tokens_per_step,
-        "micro_batch_size": max(m for m in range(1, min(windows, base.training.micro_batch_size) + 1) if windows % m == 0),
+        "micro_batch_size": dividing,
         "max_steps": steps,
     }
     tree["schedule"]["warmup_steps"] = min(base.schedule.warmup_steps, int(WARMUP_SHARE * steps))
     tree["output"]["run_dir"] = f"runs/{name}"
     if sequence_length != base.training.sequence_length:
         tree["data"]["prepared_dir"] = re.sub(r"-\d+$", "", tree["data"]["prepared_dir"]) + f"-{sequence_length}"
-    return Recipe.model_validate(tree), notes
+    recipe, more = _fit_micro_batch(Recipe.model_validate(tree), target)
+    return recipe, notes + more
 
 
 def _windows_per_step(
-    base: Recipe, model: Model, tokens: float, sequence_length: int, predicted_loss: float
+    base: Recipe, model: Model, tokens: float, sequence_length: int, predicted_loss: float, num_gpus: int
 ) -> tuple[int, list[str]]:
     """Windows of a step: the base recipe's tokens, halved or doubled towards the critical batch and a fair number of steps."""
-    before = base.training.tokens_per_step
-    windows = max(1, before // sequence_length)
-    notes = []
+    before, notes = base.training.tokens_per_step, []
+    windows = max(1, before // sequence_length // num_gpus) * num_gpus
     if windows * sequence_length != before:
-        notes.append(f"tokens_per_step: {before:,} of the base recipe is {windows} windows of {sequence_length}")
+        notes.append(
+            f"tokens_per_step: {before:,} of the base recipe made {windows} windows of {sequence_length}, which {num_gpus} GPU(s)"
+            " divide"
+        )
     start, critical = windows, critical_batch_tokens(min(predicted_loss, math.log(model.vocab_size)))
     fewest, most = STEPS
-    while windows % 2 == 0 and windows > MIN_WINDOWS and _halve(windows * sequence_length, tokens, critical, fewest):
+    while windows % (2 * num_gpus) == 0 and windows > MIN_WINDOWS and _halve(windows * sequence_length, tokens, critical, fewest):
         windows //= 2
     while tokens / (windows * sequence_length) > most and 2 * windows * sequence_length <= critical:
         windows *= 2
@@ -76,16 +93,18 @@ def _halve(tokens_per_step: int, tokens: float, critical: float, fewest: int) ->
     return tokens_per_step > critical or tokens / tokens_per_step < fewest
 
 
-def fit_micro_batch(recipe: Recipe, launch: cost.Launch, memory_bytes: int) -> tuple[Recipe, list[str]]:
-    """The recipe with a micro-batch that fits a GPU, no larger than it was, and what was changed; or that none fits."""
-    largest = cost.largest_micro_batch(recipe.model, recipe.training, recipe.optimizer, launch, memory_bytes)
-    micro = recipe.training.micro_batch_size
-    if largest is None or largest >= micro:
+def _fit_micro_batch(recipe: Recipe, target: Target) -> tuple[Recipe, list[str]]:
+    """The recipe with a micro-batch that the target's memory holds, no larger than it was; or the word that none fits."""
+    if target.memory_bytes is None:
         return recipe, []
-    if largest == 0:
-        return recipe, [f"micro_batch_size: not even 1 is predicted to fit {launch.num_processes} GPU(s) under {launch.engine}"]
+    largest = cost.largest_micro_batch(recipe.model, recipe.training, recipe.optimizer, target.launch, target.memory_bytes)
+    micro, where = recipe.training.micro_batch_size, f"{target.launch.num_processes} GPU(s) under {target.launch.engine}"
+    if not largest:
+        return recipe, [f"micro_batch_size: not even 1 is predicted to fit {where}"]
+    if largest >= micro:
+        return recipe, []
     training = recipe.training.model_copy(update={"micro_batch_size": largest})
-    note = f"micro_batch_size: {micro} made {largest}, the largest that is predicted to fit under {launch.engine}"
+    note = f"micro_batch_size: {micro} made {largest}, the largest that is predicted to fit {where}"
     return recipe.model_copy(update={"training": training}), [note]
 
 
