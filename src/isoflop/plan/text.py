@@ -287,7 +287,7 @@ def compare_text(plans: list[dict[str, Any]], num_gpus: int) -> str:
     ]
     return (
         f"loss by law {plans[0]['law']}; memory per GPU at each recipe's micro-batch; time on {num_gpus} GPU(s) = D x FLOPs per"
-        f" token / (MFU x peak x GPUs)\n{table(header, rows)}\n{sources(plans[0])}\n\n"
+        f" token / (MFU x peak x GPUs), each MFU as `plan.py RECIPE` shows it\n{table(header, rows)}\n\n"
         + "\n".join(f"warning: {plan['recipe']}: {warning}" for plan in plans for warning in plan["warnings"])
     )
 
