@@ -47,22 +47,24 @@ GPUS = {
 
 def gpu_name(described: str) -> str:
     """A GPU's short name, from itself or from the driver's name for it. Raises `UserError`, which lists the known ones."""
-    if described.lower() in GPUS:
-        return described.lower()
-    by_device = next((name for name, kind in GPUS.items() if re.search(kind.device, described, re.IGNORECASE)), None)
-    if by_device is None:
+    name = described.lower() if described.lower() in GPUS else _name_of_device(described)
+    if name is None:
         close = get_close_matches(described.lower(), GPUS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ";"
         raise UserError(
             f"--gpu {described}: not a known GPU{hint} known are {', '.join(GPUS)}; for another one give --peak-tflops"
         )
-    return by_device
+    return name
+
+
+def _name_of_device(device_name: str) -> str | None:
+    return next((name for name, kind in GPUS.items() if re.search(kind.device, device_name, re.IGNORECASE)), None)
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
     """Datasheet peak of a device by the driver's name for it, in FLOP/s; None where it is not known."""
-    found = (kind.peak_bf16_flops for kind in GPUS.values() if re.search(kind.device, device_name, re.IGNORECASE))
-    return next(found, None)
+    name = _name_of_device(device_name)
+    return GPUS[name].peak_bf16_flops if name else None
 
 
 class Shape(NamedTuple):

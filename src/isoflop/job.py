@@ -73,11 +73,10 @@ class Job:
         count = min(size, self.recipe.evaluation.max_windows or size)
         return permute(np.arange(count), size, self.recipe.data.split_seed, epoch=0)
 
-    def predicted_memory_bytes(self) -> int:
-        """Peak of one process: the prediction for its tensors, and what it held before the model."""
+    def predicted_memory(self) -> cost.Memory:
+        """Peak of this process's tensors, by part; what it held before the model comes on top."""
         recipe, launch = self.recipe, launch_of(self.accelerator)
-        memory = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, launch)
-        return memory.total + self.memory_before_bytes
+        return cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, launch)
 
     def mfu(self, tokens_per_s: float) -> float | None:
         """Share of the datasheet FLOP/s of all devices that a rate makes use of; None where the hardware is not known."""
@@ -168,7 +167,7 @@ def describe(job: Job) -> list[str]:
     tokens = job.num_steps * training.tokens_per_step
     flops = cost.flops_per_token(recipe.model, training.sequence_length)
     device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
-    memory = cost.predicted_memory(recipe.model, training, recipe.optimizer, launch_of(accelerator))
+    memory = job.predicted_memory()
     parts = " + ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in memory._asdict().items() if count)
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     checkpoint_bytes = cost.checkpoint_bytes(recipe.model, recipe.optimizer)
@@ -180,7 +179,7 @@ def describe(job: Job) -> list[str]:
         f" products, {torch.get_num_threads()} CPU thread(s) each;"
         f" {training.tokens_per_step:,} tokens a step = {training.sequence_length} x micro-batch {training.micro_batch_size}"
         f" x accumulation {job.accumulation} x {accelerator.num_processes}",
-        f"memory: {job.predicted_memory_bytes():,} bytes a process at the peak = {parts}"
+        f"memory: {memory.total + job.memory_before_bytes:,} bytes a process at the peak = {parts}"
         + (
             f" + {job.memory_before_bytes:,} of the process before the model was built; a CPU's"
             " allocator keeps some more for reuse"

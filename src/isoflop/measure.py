@@ -20,7 +20,7 @@ from isoflop.errors import UserError
 from isoflop.job import build_training_model
 from isoflop.metrics import peak_memory_bytes
 from isoflop.optim import build_optimizer
-from isoflop.recipe import Recipe
+from isoflop.recipe import Recipe, require_whole_steps
 
 WARMUP, TIMED = 2, 5  # micro-batches; the first ones allocate, choose kernels and compile
 
@@ -39,7 +39,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     before = peak_memory_bytes(device)
     micro_s, update_s = _time_steps(recipe, device, launch)
     peak = peak_memory_bytes(device) - before
-    tokens_per_s = training.tokens_per_step / (_micro_batches(recipe) * micro_s + update_s)
+    tokens_per_s = training.tokens_per_step / (require_whole_steps(recipe.training, num_processes=1) * micro_s + update_s)
     flops_per_s = tokens_per_s * cost.flops_per_token(recipe.model, training.sequence_length)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     hardware_peak = cost.peak_bf16_flops(name)
@@ -59,11 +59,6 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "peak_memory_kind": "allocator's peak" if device.type == "cuda" else "growth of the process",
     }
-
-
-def _micro_batches(recipe: Recipe) -> int:
-    """Of one step on one device."""
-    return recipe.training.tokens_per_step // (recipe.training.sequence_length * recipe.training.micro_batch_size)
 
 
 def _require_room(recipe: Recipe, predicted: int, device: torch.device) -> None:
@@ -90,7 +85,7 @@ def _time_steps(recipe: Recipe, device: torch.device, launch: cost.Launch) -> tu
         finished = _now(device)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
         optimizer.step()
-        if _micro_batches(recipe) == 1:
+        if require_whole_steps(recipe.training, num_processes=1) == 1:
             optimizer.zero_grad()
         micro_s.append(finished - started)
         update_s.append(_now(device) - finished)
@@ -124,7 +119,7 @@ def tracked_memory_bytes(recipe: Recipe, bf16: bool) -> int:
                 loss.backward()
                 del loss
                 optimizer.step()
-                if _micro_batches(recipe) == 1:
+                if require_whole_steps(recipe.training, num_processes=1) == 1:
                     optimizer.zero_grad()
                 tracker.reset_mod_stats()
         return int(tracker.get_tracker_snapshot("peak")[device]["Total"])

@@ -67,7 +67,7 @@ def summarize(job: Job, rows: list[Row]) -> dict[str, Any]:
         "unigram_entropy_nats": split.unigram_entropy_nats,
         "tokens_per_s": tokens_per_s,
         "mfu": job.mfu(tokens_per_s),
-        "predicted_memory_bytes": job.predicted_memory_bytes(),
+        "predicted_memory_bytes": job.predicted_memory().total + job.memory_before_bytes,
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
         "elapsed_s": last["elapsed_s"],
     }

@@ -158,8 +158,9 @@ def settle_buckets(job: Job) -> None:
     would differ from an undisturbed one. The second fills the new buckets; the old ones are let go before they are made.
     """
     if job.accelerator.num_processes > 1:
+        micro_batch = job.batch(step=0)[0]
         for set_to_none in (True, False):
-            job.accelerator.backward(job.model(job.batch(step=0)[0]))
+            job.accelerator.backward(job.model(micro_batch))
             job.optimizer.zero_grad(set_to_none=set_to_none)
 
 

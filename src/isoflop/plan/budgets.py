@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from isoflop import cost
 from isoflop.errors import UserError
 from isoflop.families import ASPECT_RATIO, Family
-from isoflop.plan.recipes import Machine, mfu_of, shape
+from isoflop.plan.recipes import Machine, dollars_of, mfu_of, shape
 from isoflop.scaling.laws import PUBLISHED, Law, load_law
 from isoflop.search import NEAR_20N, NEAR_OPTIMAL_NATS, Candidate, FlopsOf, near_optimal, search
 
@@ -58,8 +58,8 @@ def plan_budget(
         "best_by_law": {known: described(found[0], members, load_law(known)) for known, found in by_law.items() if found},
         "mfu": mfu_of(kinds, best.parameters),
         "gpu_hours": gpu_hours,
-        "dollars": price_per_gpu_hour and {name: hours and hours * price_per_gpu_hour for name, hours in gpu_hours.items()},
-        "warnings": _warnings(best, ties, members, law),
+        "dollars": dollars_of(gpu_hours, price_per_gpu_hour),
+        "warnings": _warnings(best, ties, members),
     }
     return plan, best
 
@@ -103,7 +103,8 @@ def described(candidate: Candidate, members: Family, law: Law) -> dict[str, Any]
     }
 
 
-def _warnings(best: Candidate, ties: list[Candidate], members: Family, law: Law) -> list[str]:
+def _warnings(best: Candidate, ties: list[Candidate], members: Family) -> list[str]:
+    """What only a search knows; the rest is said of the recipe that would be written."""
     found = []
     if best.on_grid_edge:
         layers, widths, (low, high) = members.layers, members.widths, ASPECT_RATIO
@@ -118,6 +119,4 @@ def _warnings(best: Candidate, ties: list[Candidate], members: Family, law: Law)
             f"{len(ties)} shapes of {span} parameters lie within {NEAR_OPTIMAL_NATS} nats: no law tells them apart; choose by"
             " speed, memory or what comes after training"
         )
-    if beyond := law.extrapolates(law.size(best.model), best.tokens):
-        found.append(f"law {law.name} is extrapolated: {'; '.join(beyond)}")
     return found

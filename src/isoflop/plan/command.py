@@ -102,7 +102,7 @@ def _with_recipe(
 ) -> tuple[dict[str, Any], str]:
     """Add to a search what its recipe would be, with the warnings that only a recipe has; write it if that was asked for."""
     whole = plan_recipe(recipe, members.recipe, law, _machines(options), options.gpus or 1, options.price)
-    plan["warnings"] += [warning for warning in whole["warnings"] if warning not in plan["warnings"]]
+    plan["warnings"] += whole["warnings"]
     training = recipe.training
     plan["recipe"] = {
         "steps": whole["steps"],

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from isoflop import cost
-from isoflop.data.manifest import FILE_NAME
+from isoflop.data.manifest import FILE_NAME, read_manifest
 from isoflop.errors import UserError
 from isoflop.plan.launches import config_of, is_gpu, known_launches
 from isoflop.recipe import HubSource, Model, Recipe
@@ -170,13 +169,10 @@ def repeated_data(recipe: Recipe, tokens: int, law: Law) -> dict[str, Any] | Non
 
 def dataset_tokens(recipe: Recipe) -> tuple[float | None, str]:
     """Training tokens of a recipe's data: counted where it is prepared, as its card states them where it is not."""
-    manifest = Path(recipe.data.prepared_dir) / FILE_NAME
-    if manifest.is_file():
-        try:
-            counts = json.loads(manifest.read_text(encoding="utf-8"))
-            return counts["splits"]["train"]["windows"] * counts["sequence_length"], f"counted, {manifest}"
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{manifest} is not a manifest; run: python scripts/prepare.py RECIPE") from None
+    path = Path(recipe.data.prepared_dir) / FILE_NAME
+    if path.is_file():
+        manifest = read_manifest(recipe.data.prepared_dir)
+        return manifest.splits["train"].windows * manifest.sequence_length, f"counted, {path}"
     source = recipe.data.source
     stated = STATED_TOKENS.get((source.name, source.config)) if isinstance(source, HubSource) else None
     return stated, f"stated on the card of {getattr(source, 'name', 'this data')}"
@@ -215,7 +211,7 @@ def needs(
         "peak_flops_per_s": {kind.name: kind.peak_flops_per_s for kind in kinds},
         "hours": {x.name: {kind.name: kind.hours(flops, n, x.num_processes) for kind in kinds} for x in on_gpu},
         "gpu_hours": gpu_hours,
-        "dollars": price_per_gpu_hour and {name: hours and hours * price_per_gpu_hour for name, hours in gpu_hours.items()},
+        "dollars": dollars_of(gpu_hours, price_per_gpu_hour),
     }
 
 
@@ -223,6 +219,13 @@ def mfu_of(kinds: list[Machine], parameters: float) -> dict[str, dict[str, Any]]
     """MFU of each kind of GPU, and where it comes from."""
     found = {kind.name: kind.mfu_for(parameters) for kind in kinds}
     return {name: {"mfu": mfu, "source": source} for name, (mfu, source) in found.items()}
+
+
+def dollars_of(gpu_hours: dict[str, float | None], price_per_gpu_hour: float | None) -> dict[str, float | None] | None:
+    """What the hours of each kind of GPU cost, where a price was given."""
+    if price_per_gpu_hour is None:
+        return None
+    return {name: hours and hours * price_per_gpu_hour for name, hours in gpu_hours.items()}
 
 
 def warnings(plan: dict[str, Any], law: Law) -> list[str]:

@@ -23,8 +23,8 @@ WARMUP_SHARE = 0.1  # of the steps at most; the founding recipes warm up over 2,
 class Target(NamedTuple):
     """What a written recipe will be launched on."""
 
-    launch: cost.Launch = cost.Launch("1gpu", "single")
-    memory_bytes: int | None = None
+    launch: cost.Launch
+    memory_bytes: int | None
     """Of one GPU; no limit where it is not known."""
 
 
