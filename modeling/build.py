@@ -48,6 +48,15 @@ def build_model(config: PretrainedConfig, depth_scaled_init: bool, seed: int) ->
     return model
 
 
+def load_model(config: PretrainedConfig, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A stock causal LM around given tensors by their names, tied ones once; nothing is initialized or copied."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks, found by the class names that transformers declares unsplittable."""
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]

@@ -92,7 +92,10 @@ class TrainingModel(nn.Module):
     """A causal LM whose forward is the training loss.
 
     The head is called as a module and the whole goes through this forward, so that the hooks of DDP and FSDP2 run.
+    What FSDP2 shards apart (layers, embeddings, last norm and head) Accelerate finds by transformers' names, passed on here.
     """
+
+    base_model_prefix = "base_model"
 
     def __init__(self, causal_lm: nn.Module) -> None:
         super().__init__()
@@ -102,6 +105,23 @@ class TrainingModel(nn.Module):
         loss_head.weight = head.weight  # the very parameter: ties and names stay as they were
         stock.set_output_embeddings(loss_head)
         self.causal_lm = stock
+        self._no_split_modules = stock._no_split_modules
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The stock model without its head."""
+        base: nn.Module = self.causal_lm.base_model
+        return base
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The stock model's token embedding."""
+        embedding: nn.Module = self.causal_lm.get_input_embeddings()
+        return embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        head: nn.Module = self.causal_lm.get_output_embeddings()
+        return head
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """Mean loss in nats over the targets of (batch, seq) ids: each id predicts the next one of its window.

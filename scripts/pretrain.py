@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
 
-    from isoflop.pretrain import NEWEST, pretrain
+    from isoflop.pretrain import pretrain
+    from isoflop.resume import NEWEST
 
     resume = arguments.resume_from or (NEWEST if arguments.resume else None)
     return pretrain(recipe, resume, arguments.eval_only, arguments.dry_run)

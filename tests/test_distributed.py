@@ -7,9 +7,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from conftest import launch, run_command
 
-from isoflop.distributed import EXIT_RESUME, StopRequest, _launch_arguments, build_accelerator, check_launch, reduce_sum
+from isoflop.distributed import _launch_arguments, build_accelerator, check_launch, reduce_sum
 from isoflop.errors import UserError
 from isoflop.recipe import Output
+from isoflop.stop import EXIT_RESUME, StopRequest
 
 
 def test_sums_of_one_process_are_its_values():
@@ -23,7 +24,7 @@ def test_a_signal_before_training_leaves_at_once():
     assert left.value.code == EXIT_RESUME
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_while_training_waits_for_the_loop(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -50,11 +51,21 @@ def test_an_engine_that_did_not_come_up_is_refused(variable, engine, monkeypatch
         check_launch(accelerator)
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_an_engine_that_came_up_but_cannot_be_exported_is_refused(engine):
+@pytest.mark.parametrize(
+    ("asked", "came_up", "said"),
+    [
+        (None, "MEGATRON_LM", "one process or DDP, but accelerate came up as MEGATRON_LM"),
+        ("ACCELERATE_USE_FSDP", "MULTI_CPU", "FSDP, but accelerate came up as MULTI_CPU"),
+        ("ACCELERATE_USE_DEEPSPEED", "MULTI_CPU", "DEEPSPEED, but accelerate came up as MULTI_CPU"),
+        (None, "FSDP", "one process or DDP, but accelerate came up as FSDP"),
+    ],
+)
+def test_an_engine_that_is_not_the_one_asked_for_is_refused(asked, came_up, said, monkeypatch):
     accelerator = Accelerator(cpu=True)
-    accelerator.state.distributed_type = DistributedType(engine)
-    with pytest.raises(UserError, match=f"distributed_type: {engine} is not trained here .*2gpu_ddp.yaml"):
+    accelerator.state.distributed_type = DistributedType(came_up)
+    if asked:
+        monkeypatch.setenv(asked, "true")
+    with pytest.raises(UserError, match=f"the launch asked for {said} on cpu"):
         check_launch(accelerator)
 
 
@@ -117,7 +128,9 @@ def test_gradients_live_in_ddps_buckets_and_nowhere_else(toy_recipe, tmp_path):
     """All gradients of a process share the storage of a bucket, in accumulation and between steps: 4 bytes a parameter, not 8."""
     script = tmp_path / "steps.py"
     script.write_text(f"""
-from isoflop.distributed import StopRequest, build_accelerator
+from isoflop.distributed import build_accelerator
+from isoflop.resume import Progress
+from isoflop.stop import StopRequest
 from isoflop.job import build_job, check_data
 from isoflop.pretrain import settle_buckets, train_step
 from isoflop.recipe_file import load_recipe
@@ -129,7 +142,7 @@ with StopRequest() as stop:
     stop.arm()
     settle_buckets(job)
     for step in range(2):
-        assert job.accumulation == 2 and train_step(job, step)
+        assert job.accumulation == 2 and train_step(job, Progress(step=step))
         parameters = list(job.causal_lm.parameters())
         storages = {{p.grad.untyped_storage().data_ptr() for p in parameters}}
         assert len(storages) == 1 < len(parameters), len(storages)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, metrics_of, run_command
 
-from isoflop import checkpoint
 from isoflop import pretrain as pretrain_module
+from isoflop.checkpoint import folder as checkpoint
 from isoflop.errors import UserError
 from isoflop.recipe_file import load_recipe
 
@@ -113,13 +113,13 @@ def test_a_loss_that_is_not_a_number(toy_recipe, run_in_process, monkeypatch):
     recipe = toy_recipe()
     step = pretrain_module.train_step
 
-    def diverging(job, number):
-        row = step(job, number)
-        return row | {"loss": float("nan")} if number == 6 else row
+    def diverging(job, progress):
+        row = step(job, progress)
+        return row | {"anomaly": "loss nan"} if progress.step == 6 else row
 
     monkeypatch.setattr(pretrain_module, "train_step", diverging)
     with pytest.raises(
-        UserError, match=r"diverged at step 7: loss nan, .*last good checkpoint is kept \(step-5\): lower .*now 0.003"
+        UserError, match=r"diverged at step 7: loss nan; the last good checkpoint is kept \(step-5\).* lower .*now 0.003"
     ):
         run_in_process(recipe)
     assert [row["step"] for row in metrics_of(recipe)] == [1, 2, 3, 4, 5, 6]
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_a_number(toy_recipe, run_in_process, monkeypatch):
 
 def test_a_really_diverging_run_stops(toy_recipe, run_in_process):
     recipe = toy_recipe(optimizer__peak_learning_rate=1e30, schedule__warmup_steps=0, training__max_steps=50)
-    with pytest.raises(UserError, match=r"diverged at step \d+: loss .*(nan|inf)"):
+    with pytest.raises(UserError, match=r"diverged at step \d+: (loss|gradient norm) .*(nan|inf)"):
         run_in_process(recipe)
 
 
@@ -138,7 +138,7 @@ def test_a_disk_without_room_for_one_checkpoint(toy_recipe, run_in_process, monk
     refuses(
         run_in_process,
         toy_recipe(),
-        r"5,000 bytes are free, 3 checkpoints of 345,984 \(0 are there\) and the model need 1,153,280",
+        r"5,000 bytes are free, 4 checkpoints of 345,984 \(0 are there\) and the model need 1,499,264",
     )
     with pytest.raises(UserError, match="bytes are free"):
         run_in_process(toy_recipe(), dry_run=True)
@@ -149,7 +149,8 @@ def test_a_disk_that_fills_up_while_training(write_recipe):
     code = (
         "import resource, sys\nimport isoflop.pretrain as p\nfrom isoflop.recipe_file import load_recipe\n"
         "from isoflop.errors import run_command\nsave = p.save_checkpoint\n"
-        "def limited(*what):\n    save(*what)\n    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "def limited(job, *what):\n    save(job, *what)\n    job.saver.wait()\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "p.save_checkpoint = limited\nrun_command(lambda: p.pretrain(load_recipe(sys.argv[1])))\n"
     )
     file = write_recipe(output__checkpoint_every=5, evaluation__validate_every=100)

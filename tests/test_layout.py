@@ -16,8 +16,8 @@ LAYERS = {
     "isoflop.recipe": 1, "isoflop.recipe_file": 1, "isoflop.cost": 1,
     "isoflop.families": 2, "isoflop.search": 2, "isoflop.scaling": 2,
     "isoflop.data": 3, "isoflop.optim": 3, "isoflop.checkpoint": 3, "isoflop.metrics": 3, "isoflop.distributed": 3,
-    "isoflop.run_folder": 3, "isoflop.validation": 3,
-    "isoflop.job": 4, "isoflop.outcome": 4, "isoflop.prepare": 4, "isoflop.pretrain": 4,
+    "isoflop.run_folder": 3, "isoflop.validation": 3, "isoflop.anomaly": 3, "isoflop.stop": 3,
+    "isoflop.job": 4, "isoflop.outcome": 4, "isoflop.prepare": 4, "isoflop.pretrain": 4, "isoflop.resume": 4,
     "isoflop.measure": 4, "isoflop.plan": 4,
 }  # fmt: skip
 SAME_LAYER = {
@@ -26,7 +26,10 @@ SAME_LAYER = {
     ("isoflop.search", "isoflop.families"),  # ranks their shapes
     ("isoflop.search", "isoflop.scaling"),  # by a law
     ("isoflop.validation", "isoflop.data"),  # reads windows
+    ("isoflop.stop", "isoflop.distributed"),  # a stop is agreed between processes, and passed on by their launcher
     ("isoflop.pretrain", "isoflop.job"),  # the first part of a run
+    ("isoflop.pretrain", "isoflop.resume"),  # where it stands
+    ("isoflop.resume", "isoflop.job"),
     ("isoflop.pretrain", "isoflop.outcome"),  # and the last
     ("isoflop.outcome", "isoflop.job"),
     ("isoflop.measure", "isoflop.job"),  # builds the model that a run would
@@ -118,4 +121,5 @@ def test_launch_configs_say_for_whom_and_load():
     for path in (ROOT / "accelerate_configs").glob("*.yaml"):
         assert path.read_text().startswith("# For ")
         config = load_config_from_file(str(path))
-        assert config.num_processes == int(re.match(r"\d*", path.stem)[0] or 1)
+        nodes, devices = re.match(r"(?:(\d+)node_)?(\d*)", path.stem).groups()
+        assert config.num_processes == int(nodes or 1) * int(devices or 1)

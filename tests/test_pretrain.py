@@ -8,8 +8,8 @@ import torch
 from conftest import ROOT, curve_of, launch, metrics_of, run_command, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from isoflop import checkpoint
 from isoflop import pretrain as pretrain_module
+from isoflop.checkpoint import folder as checkpoint
 from isoflop.recipe_file import load_recipe
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
@@ -30,7 +30,7 @@ def test_a_run_leaves_what_others_rely_on(undisturbed):
     assert [row["step"] for row in rows] == list(range(1, 11))
     keys = [
         "step", "tokens", "loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "peak_memory_bytes",
-        "elapsed_s",
+        "anomalies", "elapsed_s",
     ]  # fmt: skip
     assert all(list(row) == keys for row in rows)
     assert [row["tokens"] for row in rows] == [256 * step for step in range(1, 11)]

@@ -12,21 +12,22 @@ import pytest
 from accelerate import Accelerator
 from conftest import ROOT, curve_of, launch, metrics_of, metrics_of_folder, run_command, weights_of
 
-from isoflop import checkpoint
 from isoflop import pretrain as pretrain_module
-from isoflop.distributed import EXIT_RESUME
+from isoflop.checkpoint import folder as checkpoint
+from isoflop.checkpoint import saver
 from isoflop.errors import UserError
 from isoflop.recipe_file import load_recipe
+from isoflop.stop import EXIT_RESUME
 
 DIE_IN_STEP_8 = """
 import os, signal, sys
 import isoflop.pretrain as pretrain
 from isoflop.recipe_file import load_recipe
 step = pretrain.train_step
-def dying(job, number):
-    if number == 7:
+def dying(job, progress):
+    if progress.step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(job, number)
+    return step(job, progress)
 pretrain.train_step = dying
 pretrain.pretrain(load_recipe(sys.argv[1]))
 """
@@ -78,9 +79,11 @@ def interrupt_at(monkeypatch, phase, step, number=signal.SIGTERM):
             Accelerator, "backward", signalling(backward, lambda *_: calls.append(1) or len(calls) == 2 * step - 1)
         )
     elif phase == "step":
-        monkeypatch.setattr(pretrain_module, "train_step", signalling(pretrain_module.train_step, lambda job, s: s + 1 == step))
+        monkeypatch.setattr(
+            pretrain_module, "train_step", signalling(pretrain_module.train_step, lambda job, p: p.step + 1 == step)
+        )
     elif phase == "saving":
-        monkeypatch.setattr(checkpoint, "_seal", signalling(checkpoint._seal, lambda aside, state: state["step"] == step))
+        monkeypatch.setattr(saver, "seal", signalling(saver.seal, lambda aside, final, state: state["step"] == step))
     elif phase == "evaluation":
         calls = []
         share = validation.share_of_process
@@ -96,8 +99,7 @@ def interrupt_at(monkeypatch, phase, step, number=signal.SIGTERM):
     [
         ("step", 1, signal.SIGTERM, None), ("step", 7, signal.SIGINT, 6), ("accumulation", 8, signal.SIGTERM, 7),
         ("accumulation", 6, signal.SIGINT, 5),
-        ("saving", 5, signal.SIGTERM, 5), ("saving", 10, signal.SIGTERM, 10), ("evaluation", 5, signal.SIGTERM, 5),
-        ("evaluation", 10, signal.SIGINT, 10),
+        ("evaluation", 5, signal.SIGUSR1, 5), ("evaluation", 10, signal.SIGINT, 10),
     ],
 )  # fmt: skip
 def test_a_signal_at_any_phase_saves_and_the_same_command_goes_on(
@@ -110,6 +112,21 @@ def test_a_signal_at_any_phase_saves_and_the_same_command_goes_on(
     assert (newest and checkpoint.step_of(newest)) == saved
     said = f"saved; the same command goes on from step-{saved}" if saved else "no step was finished; the same command starts over"
     assert f"{number.name}: {said}" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run_in_process(recipe) == 0
+    assert curve_of(recipe) == curve_of(undisturbed["llama"])
+    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+
+
+@pytest.mark.parametrize(("step", "number"), [(5, signal.SIGTERM), (5, signal.SIGUSR1), (10, signal.SIGTERM)])
+def test_a_signal_while_saving_loses_nothing(step, number, undisturbed, toy_recipe, run_in_process, monkeypatch):
+    """Training goes on while a checkpoint is written, so the step that is saved at last may be a later one."""
+    recipe = toy_recipe()
+    interrupt_at(monkeypatch, "saving", step, number)
+    left = run_in_process(recipe)
+    newest = checkpoint.newest_whole(Path(recipe.output.run_dir) / "checkpoints")
+    assert checkpoint.step_of(newest) >= step
+    assert left == EXIT_RESUME or checkpoint.step_of(newest) == 10
     monkeypatch.undo()
     assert run_in_process(recipe) == 0
     assert curve_of(recipe) == curve_of(undisturbed["llama"])
@@ -248,7 +265,7 @@ if phase == "step":
 elif phase == "evaluation":
     told(validation, "share_of_process", 1)
 elif phase == "saving":
-    told(pretrain.checkpoint, "save", 1)
+    told(pretrain, "save_checkpoint", 1)
 pretrain.pretrain(load_recipe(sys.argv[1]))
 """
 

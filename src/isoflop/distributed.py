@@ -1,4 +1,4 @@
-"""Processes: the Accelerator, the proof that the launch is the one asked for, and stopping together.
+"""Processes: the Accelerator, its engine, and the proof that the launch is the one asked for.
 
 How a run is launched is said in `accelerate_configs/`; accelerate silently does less than asked in several cases (a
 MULTI_CPU config runs one process; a GPU config on a machine without GPUs runs unconnected copies that all write as rank 0;
@@ -7,42 +7,121 @@ FSDP and DeepSpeed are ignored on CPU), so what came up is held against what was
 
 from __future__ import annotations
 
-import ctypes
+import importlib.util
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.state import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from isoflop.cost import Launch
 from isoflop.errors import UserError, nearest
-from isoflop.recipe import Output
+from isoflop.recipe import Output, Recipe
 
-TRAINED_ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # one process, or DDP
-EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved; the same command goes on
+_DDP = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # one process, or DDP
+_ASKED = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
 
 
 def build_accelerator(output: Output) -> Accelerator:
     """The Accelerator of this process. Raises `UserError` where it is not what the launch asked for."""
     trackers = usable_trackers(output)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else accelerate starts unconnected processes on a machine without GPUs
-        log_with=trackers or None,
-        project_dir=output.run_dir,
-        # Gradients live in DDP's buckets instead of beside them: 4 bytes a parameter less.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    asked, on_cpu = asked_engine(), not torch.accelerator.is_available()
+    settings: dict[str, Any] = {"log_with": trackers or None, "project_dir": output.run_dir}
+    # Gradients live in DDP's buckets instead of beside them: 4 bytes a parameter less.
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if asked == DistributedType.DEEPSPEED:
+        settings["deepspeed_plugin"] = _deepspeed_plugin(on_cpu)
+        if on_cpu:
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    else:
+        settings["cpu"] = on_cpu  # else accelerate starts unconnected processes on a machine without GPUs
+    if asked == DistributedType.FSDP:
+        settings["fsdp_plugin"] = _fsdp_plugin()
+        # Reduced after every micro-batch: gradients are held in shards alone, 4 bytes a parameter over all ranks.
+        settings["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1, sync_each_batch=True)
+        if on_cpu and PartialState(cpu=True).distributed_type == DistributedType.MULTI_CPU:
+            # On its own accelerate falls back to DDP here, silently; told of GPUs, it shards over gloo processes as over them.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    accelerator = Accelerator(kwargs_handlers=handlers, **settings)
     check_launch(accelerator)
     return accelerator
+
+
+def asked_engine() -> DistributedType:
+    """FSDP or DEEPSPEED where the launch config names one, else NO; `accelerate launch` says so in the environment."""
+    return next((e for variable, e in _ASKED.items() if os.environ.get(variable, "").lower() == "true"), DistributedType.NO)
+
+
+def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
+    """FSDP2 as the launch config has it, with gradients reduced in fp32: under bf16 accelerate would reduce and return bf16."""
+    bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("fsdp_config.fsdp_version: 1 of the launch config is not trained here; set fsdp_version: 2")
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
+def _deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin:
+    """DeepSpeed as the launch config has it; under bf16 gradients are summed and reduced in fp32, no bf16 ones kept beside."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "the launch config asks for DeepSpeed, which is not installed; run: pip install 'deepspeed>=0.19.8,<0.20', or use a"
+            " config of FSDP2 or DDP"
+        )
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    plugin = DeepSpeedPlugin()
+    if (
+        plugin.zero_stage != 1
+        or plugin.deepspeed_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    ):
+        raise UserError(
+            f"deepspeed_config of the launch config asks for ZeRO stage {plugin.zero_stage} or offloading; ZeRO stage 1 without"
+            " offloading is trained here: set zero_stage: 1, or use a config of FSDP2, which shards weights and gradients too"
+        )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        plugin.deepspeed_config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
+        plugin.deepspeed_config["communication_data_type"] = "fp32"
+    return plugin
+
+
+def set_step(accelerator: Accelerator, recipe: Recipe, accumulation: int) -> None:
+    """Tell the engine what an optimizer step is."""
+    accelerator.gradient_accumulation_steps = accumulation
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": recipe.training.micro_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": recipe.optimizer.max_grad_norm,
+        }
+
+
+def launch_of(accelerator: Accelerator) -> Launch:
+    """This launch, as the memory prediction has it."""
+    processes, bf16 = accelerator.num_processes, accelerator.mixed_precision == "bf16"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        replicas = accelerator.parallelism_config.dp_replicate_size if accelerator.parallelism_config else 1
+        return Launch("this", "fsdp2", processes, bf16, processes // replicas)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return Launch("this", "zero1", processes, bf16, processes)
+    return Launch("this", "ddp" if processes > 1 else "single", processes, bf16)
 
 
 def usable_trackers(output: Output) -> list[str]:
@@ -71,18 +150,12 @@ def check_launch(accelerator: Accelerator) -> None:
             " train everything and write the same files. On CPU use accelerate_configs/2cpu_ddp.yaml (distributed_type"
             " MULTI_GPU starts processes, MULTI_CPU does not); on GPU check that torch sees the devices"
         )
-    engines = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
-    for variable, engine in engines.items():
-        if os.environ.get(variable, "").lower() == "true" and accelerator.distributed_type != engine:
-            raise UserError(
-                f"the launch config asked for {engine.value}, but accelerate came up as {accelerator.distributed_type.value}"
-                f" on {accelerator.device.type}; use a config whose engine this machine can run"
-            )
-    if accelerator.distributed_type not in TRAINED_ENGINES:
-        known = ", ".join(engine.value for engine in TRAINED_ENGINES)
+    engine, came_up = asked_engine(), accelerator.distributed_type
+    if (engine != DistributedType.NO and came_up != engine) or (engine == DistributedType.NO and came_up not in _DDP):
         raise UserError(
-            f"distributed_type: {accelerator.distributed_type.value} is not trained here (these are: {known}): its weights are in"
-            " parts that saving and exporting do not gather; use accelerate_configs/1gpu.yaml or 2gpu_ddp.yaml"
+            f"the launch asked for {'one process or DDP' if engine == DistributedType.NO else engine.value}, but accelerate came"
+            f" up as {came_up.value} on {accelerator.device.type}; trained here are one process, DDP, DeepSpeed ZeRO stage 1 and"
+            " FSDP2, each by a file of accelerate_configs/"
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(
@@ -105,6 +178,11 @@ def _asked_processes() -> tuple[int, str]:
     return 1, "this launch"
 
 
+def launched_by_accelerate() -> bool:
+    """Whether the parent process is `accelerate launch`."""
+    return _launch_arguments(_parent_command()) is not None
+
+
 def _launch_arguments(command: list[str]) -> list[str] | None:
     """What follows `accelerate launch` in a command line, in any of its spellings; None where it is another command."""
     for place, argument in enumerate(command):
@@ -116,66 +194,12 @@ def _launch_arguments(command: list[str]) -> list[str] | None:
     return None
 
 
-def follow_launcher() -> None:
-    """Have the kernel send SIGTERM when `accelerate launch` dies: its simple launcher passes no signal on.
-
-    Linux only (prctl(2), PR_SET_PDEATHSIG); not under a shell, whose end must not end a run under nohup.
-    """
-    if sys.platform == "linux" and _launch_arguments(_parent_command()) is not None:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 def _parent_command() -> list[str]:
     parent = psutil.Process().parent()
     try:
         return parent.cmdline() if parent else []
     except psutil.Error:  # a parent that is another user's, or gone
         return []
-
-
-class StopRequest:
-    """SIGTERM and SIGINT become a request that the loop answers between micro-batches: save, then leave with `EXIT_RESUME`.
-
-    A launcher gives its processes seconds before it kills them (torchrun 30), a step can take longer: what is unfinished of it is
-    dropped and done again. Before training there is nothing to save, and the signal leaves at once. A context manager.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        self._armed = False
-        self._group: dist.ProcessGroup | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        follow_launcher()
-        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def arm(self) -> None:
-        """From here on a signal waits for the loop. Collective."""
-        if dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")  # on the CPU: asking never waits for the device
-        self._armed = True
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-        if not self._armed:
-            print(f"{self.signal} before training: nothing to save, leaving", file=sys.stderr, flush=True)
-            sys.exit(EXIT_RESUME)
-
-    def agreed(self) -> bool:
-        """Whether any rank was told to stop. Collective: every rank asks at the same point (under a millisecond)."""
-        if self._group is None:
-            return self.signal is not None
-        told = torch.tensor([float(self.signal is not None)])
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group)
-        return bool(told.item())
 
 
 def reduce_sum(accelerator: Accelerator, value: float | torch.Tensor) -> float:

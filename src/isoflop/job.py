@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedModel
 
 from isoflop import cost
-from isoflop.checkpoint import list_checkpoints
+from isoflop.checkpoint.folder import list_checkpoints
+from isoflop.checkpoint.saver import Saver
+from isoflop.checkpoint.state import set_zero_weights
 from isoflop.data.manifest import Manifest, made_from, read_manifest, verify_shards
 from isoflop.data.order import permute, share_of_process, windows_of_step
 from isoflop.data.tokenizers import tokenizer_hash
 from isoflop.data.windows import Windows
-from isoflop.distributed import StopRequest
+from isoflop.distributed import launch_of, set_step
 from isoflop.errors import UserError
 from isoflop.metrics import peak_memory_bytes
 from isoflop.modeling.build import build_config, build_model, decoder_layers
@@ -29,6 +31,7 @@ from isoflop.modeling.loss import TrainingModel
 from isoflop.optim import build_optimizer
 from isoflop.recipe import Recipe, differences, require_whole_steps
 from isoflop.run_folder import RunFolder
+from isoflop.stop import StopRequest
 
 # Up to here every byte of the prepared data is hashed at each start (seconds); beyond, sizes alone are compared.
 VERIFY_FULLY_BELOW_BYTES = 16 * 2**30
@@ -46,15 +49,26 @@ class Job:
     tokenizer: Any
     train_windows: Windows
     validation_windows: Windows
-    causal_lm: PreTrainedModel
+    saver: Saver
+    training_model: TrainingModel
     model: torch.nn.Module
-    """`TrainingModel` around `causal_lm`, prepared by Accelerate."""
+    """`training_model`, prepared by Accelerate for the engine."""
     optimizer: torch.optim.Optimizer
     num_steps: int
     accumulation: int
     """Micro-batches of one process in one optimizer step."""
     memory_before_bytes: int
     """Peak of the process before the model was built: on CPU interpreter and libraries, on a GPU nothing."""
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The stock model inside."""
+        return self.training_model.causal_lm
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """The optimizer inside Accelerate's wrapper, whose state a checkpoint holds."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def batch(self, step: int) -> torch.Tensor:
         """This process's ids of a 0-based step on its device, (accumulation, micro_batch_size, sequence_length)."""
@@ -87,12 +101,6 @@ class Job:
         return peak and tokens_per_s * flops_per_token / (peak * self.accelerator.num_processes)
 
 
-def launch_of(accelerator: Accelerator) -> cost.Launch:
-    """This launch, as the memory prediction has it."""
-    processes = accelerator.num_processes
-    return cost.Launch("this", "ddp" if processes > 1 else "single", processes, accelerator.mixed_precision == "bf16")
-
-
 def check_data(recipe: Recipe, is_main: bool) -> Manifest:
     """The prepared data's manifest, after holding it against the recipe and the files against it."""
     prepared_dir = recipe.data.prepared_dir
@@ -120,12 +128,16 @@ def check_data(recipe: Recipe, is_main: bool) -> Manifest:
 
 def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop: StopRequest) -> Job:
     """Model, optimizer and data of a run. Raises `UserError` when launch and recipe do not fit."""
+    require_engine_can(recipe, launch_of(accelerator).engine)
     accumulation = require_whole_steps(recipe.training, accelerator.num_processes)
-    accelerator.gradient_accumulation_steps = accumulation
+    set_step(accelerator, recipe, accumulation)
     before = peak_memory_bytes(accelerator.device)
     facts = manifest.tokenizer
     training_model = build_training_model(recipe, facts.eos_token_id, facts.bos_token_id).to(accelerator.device)
+    zero = launch_of(accelerator).engine == "zero1"
+    weights = {name: p.detach().to("cpu", copy=True) for name, p in training_model.named_parameters()} if zero else {}
     model, optimizer = accelerator.prepare(training_model, build_optimizer(training_model, recipe.optimizer, accelerator.device))
+    set_zero_weights(training_model, weights)
     prepared_dir = recipe.data.prepared_dir
     return Job(
         recipe=recipe,
@@ -136,13 +148,29 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
         tokenizer=AutoTokenizer.from_pretrained(Path(prepared_dir) / "tokenizer"),
         train_windows=Windows(prepared_dir, manifest.splits["train"], manifest.sequence_length),
         validation_windows=Windows(prepared_dir, manifest.splits["validation"], manifest.sequence_length),
-        causal_lm=training_model.causal_lm,
+        saver=Saver(Path(recipe.output.run_dir) / "checkpoints"),
+        training_model=training_model,
         model=model,
         optimizer=optimizer,
         num_steps=recipe.training.num_steps(cost.parameters(recipe.model)),
         accumulation=accumulation,
         memory_before_bytes=before,
     )
+
+
+def require_engine_can(recipe: Recipe, engine: cost.Engine) -> None:
+    """Refuse what DeepSpeed cannot do: it updates the weights inside the last backward pass, and hides the gradients."""
+    if engine != "zero1":
+        return
+    wanted = {
+        "anomalies.policy = 'skip'": recipe.anomalies.policy == "skip",
+        "output.layer_norms = true": recipe.output.layer_norms,
+    }
+    if asked := [key for key, value in wanted.items() if value]:
+        raise UserError(
+            f"{' and '.join(asked)}: not under DeepSpeed, which updates the weights before anyone sees the gradients; change it"
+            " (anomalies.policy=rollback works), or launch with a config of DDP or FSDP2"
+        )
 
 
 def build_training_model(recipe: Recipe, eos_token_id: int, bos_token_id: int | None) -> TrainingModel:
@@ -198,6 +226,7 @@ def require_disk(job: Job) -> None:
     """Refuse to start a run whose checkpoints and model would not find room."""
     output, there = job.recipe.output, len(list_checkpoints(job.folder.checkpoints))
     kept = min(output.keep_last, -(-job.num_steps // output.checkpoint_every)) + 1
+    kept += 1  # the one with the least validation loss
     kept += job.num_steps // output.keep_every if output.keep_every else 0
     checkpoint_bytes = cost.checkpoint_bytes(job.recipe.model, job.recipe.optimizer)
     needed = max(1, kept - there) * checkpoint_bytes + 4 * cost.parameters(job.recipe.model)

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+
+from isoflop.errors import UserError
 
 Row = dict[str, Any]
 
@@ -22,7 +25,7 @@ class MetricsLog:
     """One JSON object a step, on the main process; the same scalars to any tracker."""
 
     def __init__(self, file: Path, accelerator: Accelerator, resumed_step: int, num_steps: int) -> None:
-        self._accelerator = accelerator
+        self._accelerator, self._file = accelerator, file
         self.rows: list[Row] = []
         if not accelerator.is_main_process:
             return
@@ -32,18 +35,40 @@ class MetricsLog:
         self._progress = tqdm(total=num_steps, initial=resumed_step, unit="step", desc="pretrain", file=sys.stdout, mininterval=1)
 
     def write(self, row: Row) -> None:
-        """Append one step's row."""
-        self._accelerator.log({key: value for key, value in row.items() if isinstance(value, int | float)}, step=row["step"])
+        """Append one step's row; what is not a number becomes null. Raises `UserError` when the disk is full."""
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self._track(row)
         if not self._accelerator.is_main_process:
             return
         self.rows.append(row)
-        self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
-        shown = {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_s']:,.0f}"}
+        try:
+            self._stream.write(json.dumps(row) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise UserError(f"{self._file}: {error}; free some space, then the same command goes on") from None
+        shown = {"loss": "n/a" if row["loss"] is None else f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_s']:,.0f}"}
         if row["val_loss"] is not None:
             self._progress.write(f"step {row['step']}: validation loss {row['val_loss']:.4f}, training loss {row['loss']:.4f}")
         self._progress.set_postfix(shown, refresh=False)
         self._progress.update(row["step"] - self._progress.n)
+
+    def _track(self, row: Row) -> None:
+        """The row's scalars to every tracker; one that fails is named and left out from then on."""
+        scalars = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        for tracker in list(self._accelerator.trackers):
+            try:
+                tracker.log(scalars, step=row["step"])
+            except Exception as error:  # the many errors of many services: none may cost a run
+                self.say(f"tracker {tracker.name} failed ({type(error).__name__}: {error}): going on without it")
+                self._accelerator.trackers.remove(tracker)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after a step: they are trained again."""
+        if self._accelerator.is_main_process:
+            self.rows = [row for row in self.rows if row["step"] <= step]
+            self._stream.close()
+            _rewrite(self._file, self.rows)
+            self._stream = self._file.open("a", encoding="utf-8")
 
     def lacks(self, step: int) -> bool:
         """On the main process, whether the row of a step that was trained is not in the file."""
@@ -60,11 +85,32 @@ class MetricsLog:
             os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Close the file and take the bar away."""
+        """Close file and trackers, and take the bar away."""
+        for tracker in self._accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:
+                self.say(f"tracker {tracker.name} did not close ({type(error).__name__}: {error})")
+        self._accelerator.trackers = []
         if self._accelerator.is_main_process:
             self.sync()
             self._stream.close()
             self._progress.close()
+
+
+def start_trackers(accelerator: Accelerator, config: dict[str, Any]) -> None:
+    """Start each of Accelerate's trackers; one that cannot be reached, or cannot write, is named and left out."""
+    scalars = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.items()}
+    started: list[Any] = []
+    for name in accelerator.log_with:
+        wanted, accelerator.log_with = accelerator.log_with, [name]
+        try:
+            accelerator.init_trackers("isoflop", config=scalars)
+            started += accelerator.trackers
+        except Exception as error:  # the many errors of many services: none may cost a run
+            accelerator.print(f"tracker {name} does not start ({type(error).__name__}: {error}): going on without it")
+        accelerator.log_with = wanted
+    accelerator.trackers = started
 
 
 def read_rows(file: Path, last_step: int) -> list[Row]:
@@ -105,9 +151,14 @@ def layer_norms(model: nn.Module) -> dict[str, dict[str, float]]:
         if parameter.grad is not None:
             squares["grad_norms"].setdefault(layer, []).append(parameter.grad.float().square().sum())
     return {
-        kind: {layer: math.sqrt(float(torch.stack(values).sum())) for layer, values in layers.items()}
+        kind: {layer: math.sqrt(sum(whole(value) for value in values)) for layer, values in layers.items()}
         for kind, layers in squares.items()
     }
+
+
+def whole(value: torch.Tensor) -> float:
+    """A scalar as a number, summed over the ranks where FSDP2 left it in parts. Collective then."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
 def draw_curve(rows: list[Row], file: Path, title: str, unigram_entropy_nats: float) -> None:
@@ -116,9 +167,10 @@ def draw_curve(rows: list[Row], file: Path, title: str, unigram_entropy_nats: fl
 
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    tokens = [row["tokens"] for row in rows]
-    axes.plot(tokens, [row["loss"] for row in rows], color="#9db7d5", linewidth=0.8, label="training loss, each step")
-    axes.plot(tokens, _smoothed([row["loss"] for row in rows]), color="#1f4e8c", linewidth=1.6, label="training loss, smoothed")
+    finite = [row for row in rows if row["loss"] is not None]
+    tokens = [row["tokens"] for row in finite]
+    axes.plot(tokens, [row["loss"] for row in finite], color="#9db7d5", linewidth=0.8, label="training loss, each step")
+    axes.plot(tokens, _smoothed([row["loss"] for row in finite]), color="#1f4e8c", linewidth=1.6, label="training loss, smoothed")
     validated = [row for row in rows if row["val_loss"] is not None]
     axes.plot(
         [r["tokens"] for r in validated], [r["val_loss"] for r in validated], "o-", color="#d1495b", label="validation loss"

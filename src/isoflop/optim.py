@@ -57,6 +57,7 @@ class AdamWBf16Moments(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.moments_dtype = torch.bfloat16
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -73,7 +74,7 @@ class AdamWBf16Moments(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+                state[name] = torch.zeros_like(parameter, dtype=self.moments_dtype)
         state["step"] += 1
         step = state["step"].item()
         gradient = parameter.grad.float() if parameter.grad is not None else torch.zeros_like(parameter)

@@ -11,18 +11,20 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from isoflop import cost
+from isoflop.checkpoint.state import read
 from isoflop.job import Job
 from isoflop.metrics import MetricsLog, Row
+from isoflop.modeling.build import load_model
 from isoflop.recipe import Recipe
 from isoflop.run_folder import RunFolder
 from isoflop.validation import bits_per_byte, sample_texts
 
 
 def finish(job: Job, rows: list[Row]) -> None:
-    """Export the model, sample from it, and write the summary."""
+    """Sample from the model, export its last checkpoint, and write the summary. Collective."""
+    samples = write_samples(job, job.num_steps)
     if job.accelerator.is_main_process:
         job.folder.export(lambda folder: export_model(job, folder))
-        samples = write_samples(job, job.num_steps)
         summary = summarize(job, rows) | {"samples": samples}
         job.folder.finish(summary)
         report(job.folder, summary)
@@ -30,20 +32,28 @@ def finish(job: Job, rows: list[Row]) -> None:
 
 
 def export_model(job: Job, folder: Path) -> None:
-    """Config, safetensors, generation config and tokenizer: what `from_pretrained` and `pipeline` open."""
-    job.causal_lm.generation_config.pad_token_id = job.manifest.tokenizer.eos_token_id
+    """Config, safetensors, generation config and tokenizer: what `from_pretrained` and `pipeline` open.
+
+    From the last checkpoint, so that it is the same whatever engine holds the weights, and in fp32 whatever it computes in.
+    """
+    names = {name: parameter.shape for name, parameter in job.causal_lm.named_parameters()}
+    weights = {name: torch.empty(shape) for name, shape in names.items()}
+    prefix = "model.causal_lm."
+    read(job.folder.checkpoints / f"step-{job.num_steps}", {f"{prefix}{name}": tensor for name, tensor in weights.items()})
+    model = load_model(job.causal_lm.config, weights)
+    model.generation_config.pad_token_id = job.manifest.tokenizer.eos_token_id
     disable_progress_bar()
-    job.causal_lm.save_pretrained(folder)
+    model.save_pretrained(folder)
     job.tokenizer.model_max_length = job.recipe.model.max_positions
     job.tokenizer.save_pretrained(folder)
 
 
 def write_samples(job: Job, step: int, log: MetricsLog | None = None) -> list[str]:
-    """Sample text on the main process, into `samples.jsonl` and onto the screen."""
-    if not job.accelerator.is_main_process:
-        return []
+    """Sample text, into `samples.jsonl` and onto the screen. Every rank samples the same: sharded weights need them all."""
     evaluation = job.recipe.evaluation
     texts = sample_texts(job.causal_lm, job.tokenizer, evaluation.sample_prompts, evaluation.sample_tokens)
+    if not job.accelerator.is_main_process:
+        return texts
     with job.folder.samples.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"step": step, "samples": texts}) + "\n")
     if log:

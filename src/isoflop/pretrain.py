@@ -9,26 +9,26 @@ from __future__ import annotations
 import math
 import os
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from torch.nn.parallel import DistributedDataParallel
 
-from isoflop import checkpoint, cost
+from isoflop import cost
+from isoflop.anomaly import find_anomaly, remember
+from isoflop.checkpoint.folder import list_checkpoints
 from isoflop.data.order import derived_seed
-from isoflop.distributed import EXIT_RESUME, StopRequest, build_accelerator, reduce_sum
+from isoflop.distributed import build_accelerator, reduce_sum
 from isoflop.errors import UserError
 from isoflop.job import Job, build_job, check_data, describe, require_disk
-from isoflop.metrics import MetricsLog, Row, draw_curve, layer_norms, peak_memory_bytes
+from isoflop.metrics import MetricsLog, Row, draw_curve, layer_norms, peak_memory_bytes, start_trackers, whole
 from isoflop.optim import learning_rate
 from isoflop.outcome import finish, push_to_hub, report, write_samples
 from isoflop.recipe import Recipe, flatten
 from isoflop.recipe_file import to_yaml
+from isoflop.resume import NEWEST, Progress, load_checkpoint, roll_back, save_checkpoint
 from isoflop.run_folder import RunFolder
+from isoflop.stop import EXIT_RESUME, StopRequest, leave_after_lost_rank
 from isoflop.validation import bits_per_byte, validation_loss
-
-NEWEST = "newest"
 
 
 def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False, dry_run: bool = False) -> int:
@@ -49,7 +49,11 @@ def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False,
     with StopRequest() as stop:
         manifest = check_data(recipe, is_main)
         accelerator = build_accelerator(recipe.output)
-        code = carry_out(build_job(recipe, manifest, accelerator, stop), resume, eval_only, dry_run)
+        try:
+            code = carry_out(build_job(recipe, manifest, accelerator, stop), resume, eval_only, dry_run)
+        except RuntimeError as error:
+            leave_after_lost_rank(error)
+            raise
         # By now the job is gone, and with it DDP's reducer. Were that the last to let go of the process group, it would end
         # gloo's threads while holding the interpreter's lock, which one of them may wait for: seen to hang in torch 2.13.
         accelerator.free_memory()
@@ -65,19 +69,21 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool) -> i
         return check_only(job)
     if job.accelerator.is_main_process and not eval_only:
         job.folder.claim()
-    state = load_checkpoint(job, resume or (NEWEST if eval_only else None), eval_only)
+    progress = load_checkpoint(job, resume or (NEWEST if eval_only else None), eval_only)
     if eval_only:
-        return evaluate_only(job, state)
+        return evaluate_only(job, progress)
     job.accelerator.print("\n".join(describe(job)))
-    log = start(job, state)
+    log = start(job, progress)
     try:
-        completed = train(job, log, state)
+        completed = train(job, log, progress)
+        job.saver.wait()
+        job.saver.close()
     finally:
         log.close()
     if completed:
         finish(job, log.rows)
         return 0
-    kept = checkpoint.list_checkpoints(job.folder.checkpoints)
+    kept = list_checkpoints(job.folder.checkpoints)
     onwards = (
         f"saved; the same command goes on from {kept[-1].name}" if kept else "no step was finished; the same command starts over"
     )
@@ -85,70 +91,97 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool) -> i
     return EXIT_RESUME
 
 
-def train(job: Job, log: MetricsLog, state: dict[str, Any]) -> bool:
+def train(job: Job, log: MetricsLog, progress: Progress) -> bool:
     """The training loop. False when a signal ended it early, with a checkpoint of the last finished step."""
     job.stop.arm()
     settle_buckets(job)
-    stopped_before_its_row = reduce_sum(job.accelerator, float(log.lacks(state["step"])))
-    if stopped_before_its_row and not measure(job, log, state["row"]):
+    stopped_before_its_row = reduce_sum(job.accelerator, float(log.lacks(progress.step)))
+    if stopped_before_its_row and not measure(job, log, progress.row or {}):
         return False
-    started = time.perf_counter() - state["elapsed_s"]
-    row, saved = state["row"], True
-    for step in range(state["step"], job.num_steps):
-        trained = train_step(job, step)
-        if trained is not None:
-            row = trained | {"elapsed_s": time.perf_counter() - started}
-            require_finite(job, row)
-            saved = row["step"] % job.recipe.output.checkpoint_every == 0 or row["step"] == job.num_steps
+    started, saved = time.perf_counter() - progress.elapsed_s, True
+    while progress.step < job.num_steps:
+        row = train_step(job, progress)
+        if row and "anomaly" in row and not passes(job, progress, row):
+            progress = roll_back(job, log, progress)
+            continue
+        if row:
+            progress.step, progress.row, progress.elapsed_s = row["step"], row, time.perf_counter() - started
+            row |= {"anomalies": progress.anomalies, "elapsed_s": progress.elapsed_s}
+            saved = progress.step % job.recipe.output.checkpoint_every == 0 or progress.step == job.num_steps
             if saved:
-                save_checkpoint(job, log, row)
-        if trained is None or not measure(job, log, row):
+                save_checkpoint(job, log, progress)
+        if row is None or not measure(job, log, row):
             if not saved:
-                save_checkpoint(job, log, row)
+                save_checkpoint(job, log, progress)
             return False
     return True
 
 
-def train_step(job: Job, step: int) -> Row | None:
-    """One optimizer step (0-based `step`) and its row for the metrics; None where a signal to any rank came in its middle.
+def train_step(job: Job, progress: Progress) -> Row | None:
+    """The next optimizer step and its row for the metrics; None where a signal to any rank came in its middle.
 
-    The device is waited for once, at the end.
+    The device is waited for once, for loss and gradient norm. A step with an anomaly leaves the weights as they are.
     """
-    recipe, accelerator, model, optimizer = job.recipe, job.accelerator, job.model, job.optimizer
-    started = time.perf_counter()
-    # Dropout follows from (seed, step, rank) alone, so no random state is saved; nothing done between steps can disturb it.
-    torch.manual_seed(derived_seed(recipe.seed, step, accelerator.process_index))
+    recipe, optimizer, started, step = job.recipe, job.optimizer, time.perf_counter(), progress.step
     rate = learning_rate(step, job.num_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss_sum, norms = torch.zeros((), device=accelerator.device), {}
-    for micro_batch in job.batch(step):
+    summed = sum_gradients(job, step, step + progress.passed_over)
+    if summed is None:
+        return None
+    norms = layer_norms(job.causal_lm) if recipe.output.layer_norms else {}
+    grad_norm = whole(job.accelerator.clip_grad_norm_(job.model.parameters(), recipe.optimizer.max_grad_norm))
+    loss = reduce_sum(job.accelerator, summed) / (job.accumulation * job.accelerator.num_processes)
+    if (anomaly := find_anomaly(progress.history, loss, grad_norm, recipe.anomalies)) is None:
+        remember(progress.history, loss, grad_norm)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=not isinstance(job.model, DistributedDataParallel))  # DDP's buckets are the gradients
+    tokens_per_s = recipe.training.tokens_per_step / (time.perf_counter() - started)
+    row = {
+        "step": step + 1,
+        "tokens": (step + 1) * recipe.training.tokens_per_step,
+        "loss": loss,
+        "val_loss": None,
+        "learning_rate": rate,
+        "grad_norm": grad_norm,
+        "tokens_per_s": tokens_per_s,
+        "mfu": job.mfu(tokens_per_s),
+        "peak_memory_bytes": peak_memory_bytes(job.accelerator.device),
+    }
+    return row | norms | ({"anomaly": anomaly} if anomaly else {})
+
+
+def sum_gradients(job: Job, step: int, batch: int) -> torch.Tensor | None:
+    """Gradients of a 0-based step's share of `batch`, and its summed loss; None where a signal to any rank came."""
+    accelerator, model = job.accelerator, job.model
+    # Dropout follows from (seed, step, rank) alone, so no random state is saved; nothing done between steps can disturb it.
+    torch.manual_seed(derived_seed(job.recipe.seed, step, accelerator.process_index))
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for micro_batch in job.batch(batch):
         if job.stop.agreed():
             return None
         with accelerator.accumulate(model):
             loss = model(micro_batch)
             accelerator.backward(loss)
             loss_sum += loss.detach()
-            if accelerator.sync_gradients:
-                if recipe.output.layer_norms:
-                    norms = layer_norms(job.causal_lm)
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # DDP's buckets, once filled, are the gradients
-    total_loss = reduce_sum(accelerator, loss_sum)
-    tokens_per_s = recipe.training.tokens_per_step / (time.perf_counter() - started)
-    row = {
-        "step": step + 1,
-        "tokens": (step + 1) * recipe.training.tokens_per_step,
-        "loss": total_loss / (job.accumulation * accelerator.num_processes),
-        "val_loss": None,
-        "learning_rate": rate,
-        "grad_norm": float(grad_norm),
-        "tokens_per_s": tokens_per_s,
-        "mfu": job.mfu(tokens_per_s),
-        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
-    }
-    return row | norms
+    return loss_sum
+
+
+def passes(job: Job, progress: Progress, row: Row) -> bool:
+    """Whether to go on behind a step with an anomaly, its update left out; False to roll back. Raises `UserError` to stop."""
+    policy, step = job.recipe.anomalies, row["step"]
+    progress.anomalies += 1
+    if policy.policy == "stop" or progress.anomalies > policy.limit:
+        last = list_checkpoints(job.folder.checkpoints)
+        raise UserError(
+            f"training diverged at step {step}: {row['anomaly']}; the last good checkpoint is kept"
+            f" ({last[-1].name if last else 'none yet'}), {progress.anomalies - 1} anomalies were passed before: set"
+            " anomalies.policy to skip or rollback and go on from there, or lower optimizer.peak_learning_rate (now"
+            f" {job.recipe.optimizer.peak_learning_rate}) or lengthen schedule.warmup_steps in a new output.run_dir"
+        )
+    how = "its update is skipped" if policy.policy == "skip" else "back to the newest checkpoint, and past its batches"
+    job.accelerator.print(f"step {step}: {row['anomaly']}: {how} ({progress.anomalies} of at most {policy.limit})")
+    return policy.policy == "skip"
 
 
 def settle_buckets(job: Job) -> None:
@@ -157,7 +190,7 @@ def settle_buckets(job: Job) -> None:
     It does so after the first one; the sums of three ranks or more depend on the arrangement in their last bits, so a resumed run
     would differ from an undisturbed one. The second fills the new buckets; the old ones are let go before they are made.
     """
-    if job.accelerator.num_processes > 1:
+    if isinstance(job.model, DistributedDataParallel):
         micro_batch = job.batch(step=0)[0]
         for set_to_none in (True, False):
             job.accelerator.backward(job.model(micro_batch))
@@ -193,78 +226,7 @@ def validate(job: Job) -> float | None:
     )
 
 
-def require_finite(job: Job, row: Row) -> None:
-    """Stop at a loss or gradient that is not a number, before anything of it is saved."""
-    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-        return
-    last = checkpoint.list_checkpoints(job.folder.checkpoints)
-    raise UserError(
-        f"training diverged at step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}; the last good"
-        f" checkpoint is kept ({last[-1].name if last else 'none yet'}): lower optimizer.peak_learning_rate (now"
-        f" {job.recipe.optimizer.peak_learning_rate}) or lengthen schedule.warmup_steps, in a new output.run_dir"
-    )
-
-
-def save_checkpoint(job: Job, log: MetricsLog, row: Row) -> None:
-    """Save the state after a step, with the row that the metrics may not have yet."""
-    output = job.recipe.output
-    log.sync()
-    state = {"step": row["step"], "elapsed_s": row["elapsed_s"], "row": row, "data": job.manifest.fingerprint()}
-    checkpoint.save(job.folder.checkpoints, row["step"], job.model, inner_optimizer(job), state)
-    if job.accelerator.is_main_process:
-        checkpoint.prune(job.folder.checkpoints, output.keep_last, output.keep_every)
-
-
-def load_checkpoint(job: Job, resume: str | None, eval_only: bool) -> dict[str, Any]:
-    """Load what `resume` names, and return its trainer state; a fresh one where there is nothing to resume."""
-    chosen: list[Path | None] = [None]
-    if job.accelerator.is_main_process:
-        chosen = [choose_checkpoint(job.folder.checkpoints, resume)]
-    path = broadcast_object_list(chosen)[0]
-    if path is None:
-        return {"step": 0, "elapsed_s": 0.0, "row": None}
-    job.accelerator.print(f"{'measuring' if eval_only else 'resuming from'} {path}")
-    state = checkpoint.load(path, job.model, None if eval_only else inner_optimizer(job))
-    if state["data"] != job.manifest.fingerprint():
-        raise UserError(
-            f"data.prepared_dir = {job.recipe.data.prepared_dir!r} holds other windows than {path} was trained on, made"
-            " from the same recipe but other files; put the earlier ones back, or start over in another output.run_dir"
-        )
-    if job.accelerator.is_main_process and not eval_only:
-        checkpoint.discard_after(job.folder.checkpoints, state["step"])  # broken, or to be trained again
-    return state
-
-
-def choose_checkpoint(checkpoints: Path, resume: str | None) -> Path | None:
-    """The checkpoint that `resume` asks for. Raises `UserError` where it is not there or not whole."""
-    listed = checkpoint.list_checkpoints(checkpoints)
-    if resume is None or resume == NEWEST:
-        newest = checkpoint.newest_whole(checkpoints)
-        if newest is None and (listed or resume == NEWEST):
-            raise UserError(
-                f"{checkpoints} has no whole checkpoint"
-                + (
-                    f" ({', '.join(path.name for path in listed)} are broken); put one back, or delete the run's folder"
-                    if listed
-                    else ""
-                )
-                + "; to start from step 0 leave out --resume and --eval-only"
-            )
-        return newest
-    path = checkpoints / f"step-{resume.removeprefix('step-')}"
-    if faults := checkpoint.find_faults(path):
-        there = ", ".join(known.name for known in listed) or "none"
-        raise UserError(f"--resume-from {resume}: {path} is not whole ({'; '.join(faults)}); there are: {there}")
-    return path
-
-
-def inner_optimizer(job: Job) -> torch.optim.Optimizer:
-    """The optimizer inside Accelerate's wrapper, whose state the checkpoint holds."""
-    inner: torch.optim.Optimizer = getattr(job.optimizer, "optimizer", job.optimizer)
-    return inner
-
-
-def start(job: Job, state: dict[str, Any]) -> MetricsLog:
+def start(job: Job, progress: Progress) -> MetricsLog:
     """Write recipe and environment, start the trackers, open the metrics."""
     accelerator = job.accelerator
     if accelerator.is_main_process:
@@ -275,23 +237,21 @@ def start(job: Job, state: dict[str, Any]) -> MetricsLog:
             "mixed_precision": accelerator.mixed_precision,
             "device": str(accelerator.device),
             "gradient_accumulation": job.accumulation,
-            "resumed_from_step": state["step"],
+            "resumed_from_step": progress.step,
         }
         job.folder.write_start(job.recipe, launch)
-    if job.recipe.output.trackers:
-        scalars = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(job.recipe.model_dump()).items()}
-        accelerator.init_trackers("isoflop", config=scalars)
-    return MetricsLog(job.folder.metrics, accelerator, state["step"], job.num_steps)
+    start_trackers(accelerator, flatten(job.recipe.model_dump()))
+    return MetricsLog(job.folder.metrics, accelerator, progress.step, job.num_steps)
 
 
-def evaluate_only(job: Job, state: dict[str, Any]) -> int:
+def evaluate_only(job: Job, progress: Progress) -> int:
     """Print the validation loss of a checkpoint."""
     loss = validate(job)
     if loss is None:
         return EXIT_RESUME
     split = job.manifest.splits["validation"]
     job.accelerator.print(
-        f"step {state['step']}: validation loss {loss:.6f} nats per token ({bits_per_byte(loss, split):.4f} bits per byte);"
+        f"step {progress.step}: validation loss {loss:.6f} nats per token ({bits_per_byte(loss, split):.4f} bits per byte);"
         f" token frequencies alone: {split.unigram_entropy_nats:.4f}"
     )
     return 0
@@ -301,14 +261,15 @@ def check_only(job: Job) -> int:
     """The checklist before a long run: what was found, one real step, what would be done."""
     job.accelerator.print(to_yaml(job.recipe) + "\n".join(describe(job)))
     require_disk(job)
-    there = checkpoint.list_checkpoints(job.folder.checkpoints)
+    there = list_checkpoints(job.folder.checkpoints)
     onwards = f", going on from {there[-1].name}" if there else ""
     settle_buckets(job)
     started = time.perf_counter()
-    row = train_step(job, step=0)
+    row = train_step(job, Progress())
     if row is None:
         return EXIT_RESUME
-    require_finite(job, row)
+    if "anomaly" in row:
+        raise UserError(f"the first step already fails: {row['anomaly']}; lower model.initializer_range")
     step_s = time.perf_counter() - started
     job.accelerator.print(
         f"one step: loss {row['loss']:.4f} (ln of the vocabulary is {math.log(job.recipe.model.vocab_size):.4f}), gradient norm"

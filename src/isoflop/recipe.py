@@ -265,6 +265,18 @@ class Schedule(Section):
     """wsd (warm-up, stable, decay): the share of all steps, at the end, in which the rate falls linearly."""
 
 
+class Anomalies(Section):
+    """What is done about a step whose loss or gradient norm is not a number, or jumps far above its recent values."""
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    """`stop` the run; `skip` the step's update; `rollback` to the newest checkpoint and go on behind this step's batch."""
+    spike_sigmas: PositiveFloat | None = None
+    """A jump is so many standard deviations above the mean of the last 128 steps (6 in OLMo 2); where not given, only what is
+    not a number counts."""
+    limit: PositiveInt = 10
+    """Steps skipped or rolled back from in one run; at the next one it stops."""
+
+
 class Evaluation(Section):
     """What is measured while training. Every `..._every` counts optimizer steps; the last step is always measured."""
 
@@ -285,6 +297,7 @@ class Output(Section):
     checkpoint_every: PositiveInt = 1000
     """Optimizer steps between checkpoints; the last step always has one."""
     keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept, beside the one with the least validation loss."""
     keep_every: PositiveInt | None = None
     """Checkpoints at multiples of so many steps are kept for good."""
     trackers: list[str] = []
@@ -312,6 +325,7 @@ class Recipe(Section):
     training: Training
     optimizer: Optimizer
     schedule: Schedule = Schedule()
+    anomalies: Anomalies = Anomalies()
     evaluation: Evaluation = Evaluation()
     output: Output
     hub: Hub = Hub()
@@ -341,7 +355,7 @@ class Recipe(Section):
     def trajectory(self) -> dict[str, Any]:
         """The parts that decide the weights a run ends with, by dotted key: a run folder belongs to these values."""
         free = {"training.micro_batch_size", "training.activation_checkpointing", "training.compile", "data.prepared_dir"}
-        learnt = self.model_dump(mode="json", exclude={"evaluation", "output", "hub"})
+        learnt = self.model_dump(mode="json", exclude={"anomalies", "evaluation", "output", "hub"})
         return {key: value for key, value in flatten(learnt).items() if key not in free}
 
 

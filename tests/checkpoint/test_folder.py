@@ -5,7 +5,7 @@ import resource
 import pytest
 import torch
 
-from isoflop import checkpoint
+
 from isoflop.errors import UserError
 
 

@@ -1,0 +1,137 @@
+"""A run's `checkpoints/`: what is there, what is whole, and what may go.
+
+`step-N/` is the state after N optimizer steps. It is written aside, checksummed file by file, synced and renamed, so a kill or a
+full disk at any moment leaves the one before as it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHECKSUMS, TRAINER_STATE = "checksums.json", "trainer_state.json"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    named = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]  # not a copy by hand
+    return sorted(named, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps behind a checkpoint, from its name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def partial(folder: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return folder / f".step-{step}.partial"
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint whose files match their checksums; a broken one is named on stderr and passed over."""
+    for path in reversed(list_checkpoints(folder)):
+        if not (faults := find_faults(path)):
+            return path
+        print(f"checkpoint {path} is broken ({'; '.join(faults)}): using an older one", file=sys.stderr, flush=True)
+    return None
+
+
+def find_faults(path: Path) -> list[str]:
+    """What is wrong with a checkpoint: missing, truncated or altered files, by name. Empty when it is whole."""
+    try:
+        checksums: dict[str, str] = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"{CHECKSUMS}: {error}"]
+    faults = []
+    for name, checksum in checksums.items():
+        if Path(name).name != name:
+            faults.append(f"{CHECKSUMS} names {name!r}, which is no file of this folder")
+        elif not (path / name).is_file():
+            faults.append(f"{name} is missing")
+        elif _sha256(path / name) != checksum:
+            faults.append(f"{name} does not match its checksum")
+    return faults
+
+
+def seal(aside: Path, final: Path, trainer_state: dict[str, Any]) -> None:
+    """Make a written checkpoint whole: trainer state, the checksum of every file, all synced to the disk, then its name."""
+    (aside / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=1) + "\n", encoding="utf-8")
+    checksums = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
+    (aside / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
+    for file in aside.iterdir():
+        _sync(file)
+    _sync(aside)
+    shutil.rmtree(final, ignore_errors=True)  # the same state, reached again after resuming from an older one
+    aside.rename(final)
+    _sync(final.parent)
+
+
+def read_trainer_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors."""
+    state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def prune(folder: Path, keep_last: int, keep_every: int | None, keep: Iterable[int] = ()) -> None:
+    """Delete all but the newest `keep_last`, the multiples of `keep_every`, the steps in `keep`, and what is held."""
+    for path in list_checkpoints(folder)[:-keep_last]:
+        step = step_of(path)
+        if step not in keep and (keep_every is None or step % keep_every) and not _is_held(path):
+            shutil.rmtree(path)
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Delete checkpoints of later steps: after going back to `step` they are of a past that retention must not count."""
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete what a kill left half written."""
+    for path in folder.glob(".step-*.partial"):
+        shutil.rmtree(path)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep retention, also another process's, from deleting a checkpoint while it is read or pushed.
+
+    The kernel lets go when the process ends, however it ends.
+    """
+    with (path / CHECKSUMS).open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        yield
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with (path / CHECKSUMS).open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:  # not whole: nobody's
+        return False
+    return False
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

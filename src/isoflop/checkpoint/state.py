@@ -1,0 +1,182 @@
+"""The tensors of a run under names that no engine changes, and how they are read back.
+
+`model.<parameter>` and `optimizer.<parameter>.<moment>`, the parameter's name being that of the unwrapped model: a checkpoint of
+one process, DDP, FSDP2 or DeepSpeed ZeRO-1 is loaded by any other, at any world size (torch.distributed.checkpoint cuts
+and joins the shards). Hyperparameters are the recipe's and are not saved. Nothing that is loaded can run code.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+
+from isoflop.errors import UserError
+
+Tensors = dict[str, Tensor]
+
+# Full fp32 tensors that a ZeRO rank holds on the host at once while it loads.
+LOAD_BYTES = 2 * 2**30
+
+
+def is_zero(optimizer: Any) -> bool:
+    """Whether an optimizer is DeepSpeed's, which keeps fp32 weights and moments in flat parts of its own."""
+    return type(optimizer).__module__.startswith("deepspeed.")
+
+
+def live_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Tensors:
+    """The very tensors of an unwrapped model and its optimizer (DTensors under FSDP2); tied weights once."""
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = fresh_moments(parameter, optimizer)
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return tensors
+
+
+def fresh_moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensors:
+    """The state that AdamW makes at a parameter's first step: torch's fused one counts steps on the device."""
+    device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+    dtype = getattr(optimizer, "moments_dtype", parameter.dtype)
+    moments = {key: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}
+
+
+def load_tensors(path: Path, model: nn.Module, optimizer: Any) -> None:
+    """Read a checkpoint into an unwrapped model and its optimizer, in place. Every rank reads what it holds."""
+    if is_zero(optimizer):
+        _load_zero(path, model, optimizer)
+    else:
+        read(path, live_tensors(model, optimizer))
+
+
+def read(path: Path, tensors: Tensors) -> None:
+    """Fill tensors by their names. Raises `UserError` where the checkpoint has other tensors than these, or tries to run code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        try:
+            load_sharded(dict(tensors), storage_reader=TensorReader(path), no_dist=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{path}/.metadata: {error}; this is no checkpoint of isoflop: delete {path} and find out who wrote it"
+            ) from None
+
+
+def gather_zero(model: nn.Module, optimizer: Any, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Name and full fp32 tensor, one after another, for the names that are `wanted` here. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    steps = _flat_state(optimizer)
+    for name, parameter in model.named_parameters():
+        gathered = {f"model.{name}": safe_get_full_fp32_param(parameter)}
+        for key in ("exp_avg", "exp_avg_sq"):
+            gathered[f"optimizer.{name}.{key}"] = safe_get_full_optimizer_state(parameter, key)
+        gathered[f"optimizer.{name}.step"] = steps[0]["step"]
+        yield from ((key, value) for key, value in gathered.items() if wanted(key))
+
+
+def zero_sizes(model: nn.Module) -> dict[str, int]:
+    """Elements of every tensor that `gather_zero` gives."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        sizes |= dict.fromkeys((f"model.{name}", f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq"), parameter.numel())
+        sizes[f"optimizer.{name}.step"] = 1
+    return sizes
+
+
+def set_zero_weights(model: nn.Module, weights: Tensors) -> None:
+    """Give DeepSpeed's fp32 weights full values by name: on its own it starts them from weights already rounded to bf16."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            full = weights[name].to(parameter.device)
+            safe_set_full_fp32_param(parameter, full)
+            parameter.data.copy_(full)
+
+
+def _load_zero(path: Path, model: nn.Module, optimizer: Any) -> None:
+    """Full tensors on the host, some at a time, of which DeepSpeed keeps its rank's part."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    states = _flat_state(optimizer)
+    batch: list[tuple[str, nn.Parameter]] = []
+    parameters = list(model.named_parameters())
+    for place, (name, parameter) in enumerate(parameters):
+        batch.append((name, parameter))
+        if place + 1 < len(parameters) and sum(12 * p.numel() for _, p in batch) < LOAD_BYTES:
+            continue
+        tensors = {f"optimizer.{n}.step": torch.zeros(()) for n, _ in batch}
+        for n, p in batch:
+            for key in (f"model.{n}", f"optimizer.{n}.exp_avg", f"optimizer.{n}.exp_avg_sq"):
+                tensors[key] = torch.empty(p.shape, dtype=torch.float32)
+        read(path, tensors)
+        set_zero_weights(model, {n: tensors[f"model.{n}"] for n, _ in batch})
+        for n, p in batch:
+            for key in ("exp_avg", "exp_avg_sq"):
+                safe_set_full_optimizer_state(p, tensors[f"optimizer.{n}.{key}"].to(p.device), key)
+        for state in states:
+            state["step"].copy_(tensors[f"optimizer.{name}.step"])
+        batch = []
+
+
+def _flat_state(zero_optimizer: Any) -> list[Tensors]:
+    """The inner AdamW's state of each flat partition, made where no step was done yet."""
+    inner = zero_optimizer.optimizer
+    flat = [parameter for group in inner.param_groups for parameter in group["params"]]
+    for parameter in flat:
+        if not inner.state[parameter]:
+            inner.state[parameter] = fresh_moments(parameter, inner)
+    # Give every parameter its view of the moments: DeepSpeed does so after the first group's first step; the second has none yet.
+    zero_optimizer._hp_optimizer_states_linked = False
+    zero_optimizer._lazy_init_hp_params_optimizer_state()
+    return [inner.state[parameter] for parameter in flat]
+
+
+class TensorReader(FileSystemReader):
+    """DCP's reader, but its `.metadata`, a pickle, may name nothing except DCP's descriptions of tensors.
+
+    Tensors themselves are read with `weights_only` by torch; what is not a tensor would be unpickled without it, so no
+    description of such a thing is let through.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
+        """The checkpoint's table of contents. Raises `pickle.UnpicklingError` for anything that is more than one."""
+        with (Path(self.path) / ".metadata").open("rb") as stream:
+            metadata: dcp_metadata.Metadata = _Descriptions(stream).load()
+        for place in metadata.storage_data.values():
+            if Path(place.relative_path).name != place.relative_path:
+                raise pickle.UnpicklingError(f"it names the file {place.relative_path!r}, which is not in this folder")
+        metadata.storage_meta = metadata.storage_meta or dcp_metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Descriptions(pickle.Unpickler):
+    """The classes that DCP's metadata of tensors is made of, and no others (Python's documentation, "Restricting Globals")."""
+
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch": {"Size", "float32", "float16", "bfloat16", "int64"},
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath"},
+        "pathlib._local": {"PosixPath"},  # Python 3.13's
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no description of tensors needs")
+        return super().find_class(module, name)

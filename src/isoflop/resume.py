@@ -1,0 +1,105 @@
+"""Where a run stands, how it is saved, and how it goes on from there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+
+from isoflop.anomaly import History
+from isoflop.checkpoint import folder as checkpoints
+from isoflop.checkpoint.state import load_tensors
+from isoflop.errors import UserError
+from isoflop.job import Job
+from isoflop.metrics import MetricsLog, Row
+
+NEWEST = "newest"
+
+
+@dataclass
+class Progress:
+    """All that a checkpoint holds beside tensors. Batches follow from (seed, step + passed_over), the rate from the step."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    elapsed_s: float = 0.0
+    row: Row | None = None
+    """The last step's metrics, which their file may not have yet."""
+    passed_over: int = 0
+    """Batches never trained on: those of steps that a rollback undid."""
+    anomalies: int = 0
+    """Steps skipped or rolled back from."""
+    history: History = field(default_factory=list)
+
+
+def save_checkpoint(job: Job, log: MetricsLog, progress: Progress) -> None:
+    """Begin to save; training goes on meanwhile."""
+    log.sync()
+    output, folder = job.recipe.output, job.folder.checkpoints
+    measured = {row["step"]: row["val_loss"] for row in log.rows if row["val_loss"] is not None}
+
+    def prune() -> None:
+        there = [step for step in map(checkpoints.step_of, checkpoints.list_checkpoints(folder)) if step in measured]
+        checkpoints.prune(folder, output.keep_last, output.keep_every, keep=sorted(there, key=measured.__getitem__)[:1])
+
+    state = asdict(progress) | {"data": job.manifest.fingerprint()}
+    job.saver.save(progress.step, job.training_model, job.inner_optimizer, state, then=prune)
+
+
+def load_checkpoint(job: Job, resume: str | None, eval_only: bool) -> Progress:
+    """Load what `resume` names, and return where it stands; a fresh start where there is nothing to resume."""
+    chosen: list[Path | None] = [None]
+    if job.accelerator.is_main_process:
+        chosen = [choose_checkpoint(job.folder.checkpoints, resume)]
+    path = broadcast_object_list(chosen)[0]
+    if path is None:
+        return Progress()
+    job.accelerator.print(f"{'measuring' if eval_only else 'resuming from'} {path}")
+    with checkpoints.held(path):
+        state = checkpoints.read_trainer_state(path)
+        if state.pop("data") != job.manifest.fingerprint():
+            raise UserError(
+                f"data.prepared_dir = {job.recipe.data.prepared_dir!r} holds other windows than {path} was trained on, made"
+                " from the same recipe but other files; put the earlier ones back, or start over in another output.run_dir"
+            )
+        load_tensors(path, job.training_model, job.inner_optimizer)
+    progress = Progress(**state)
+    job.accelerator.wait_for_everyone()
+    if job.accelerator.is_main_process and not eval_only:
+        checkpoints.discard_after(job.folder.checkpoints, progress.step)  # broken, or to be trained again
+    return progress
+
+
+def roll_back(job: Job, log: MetricsLog, progress: Progress) -> Progress:
+    """The newest checkpoint's state, with the batches from there up to the present one passed over (PaLM, section 5.1)."""
+    job.saver.wait()
+    if not checkpoints.list_checkpoints(job.folder.checkpoints):
+        raise UserError(
+            "anomalies.policy = 'rollback' has no checkpoint to go back to yet; lower output.checkpoint_every, or lengthen"
+            " schedule.warmup_steps, in a new output.run_dir"
+        )
+    earlier = load_checkpoint(job, NEWEST, eval_only=False)
+    earlier.passed_over = progress.passed_over + progress.step + 1 - earlier.step
+    earlier.anomalies = progress.anomalies
+    log.rewind(earlier.step)
+    return earlier
+
+
+def choose_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint that `resume` asks for. Raises `UserError` where it is not there or not whole."""
+    listed = checkpoints.list_checkpoints(folder)
+    if resume is None or resume == NEWEST:
+        newest = checkpoints.newest_whole(folder)
+        if newest is None and (listed or resume == NEWEST):
+            broken = f" ({', '.join(path.name for path in listed)} are broken); put one back, or delete the run's folder"
+            raise UserError(
+                f"{folder} has no whole checkpoint{broken if listed else ''}; to start from step 0 leave out --resume and"
+                " --eval-only"
+            )
+        return newest
+    path = folder / f"step-{resume.removeprefix('step-')}"
+    if faults := checkpoints.find_faults(path):
+        there = ", ".join(known.name for known in listed) or "none"
+        raise UserError(f"--resume-from {resume}: {path} is not whole ({'; '.join(faults)}); there are: {there}")
+    return path

@@ -1,0 +1,122 @@
+"""Stopping: signals become a request that all ranks answer together, with a forced exit behind it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from isoflop.distributed import launched_by_accelerate
+
+EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved; the same command goes on
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 become a request, answered between micro-batches: save, then leave with `EXIT_RESUME`.
+
+    A launcher gives its processes seconds before it kills them (torchrun 30), a step can take longer: what is unfinished of it is
+    dropped and done again. Before training there is nothing to save, and the signal leaves at once. Where the main thread
+    does not come back in time (a compile, a collective whose peer is gone), another thread ends the process. A context manager.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._armed = False
+        self._group: dist.ProcessGroup | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._over = threading.Event()
+        self._told, self._wakeup = socket.socketpair()
+        self._watcher = threading.Thread(target=self._force_exit, name="forced exit", daemon=True)
+
+    def __enter__(self) -> StopRequest:
+        follow_launcher()
+        # The kernel's handler writes to this socket even while the main thread is inside a library that never returns.
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        self._wakeup.close()
+        self._watcher.join()
+        self._group = None
+
+    def arm(self) -> None:
+        """From here on a signal waits for the loop. Collective."""
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")  # on the CPU: asking never waits for the device
+        self._armed = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+        if not self._armed:
+            print(f"{self.signal} before training: nothing to save, leaving", file=sys.stderr, flush=True)
+            sys.exit(EXIT_RESUME)
+
+    def _force_exit(self) -> None:
+        """Wait for a signal, then for the run's end; leave without it when the grace period is nearly over."""
+        number = self._told.recv(1)
+        self._told.close()
+        if number and not self._over.wait(timeout=grace_s()):
+            print(
+                f"{signal.Signals(number[0]).name}: the process did not come to a stop in {grace_s():.0f} s and is ended; the"
+                " same command goes on from the newest whole checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(EXIT_RESUME)
+
+    def agreed(self) -> bool:
+        """Whether any rank was told to stop. Collective: every rank asks at the same point (under a millisecond)."""
+        if self._group is None:
+            return self.signal is not None
+        told = torch.tensor([float(self.signal is not None)])
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group)
+        return bool(told.item())
+
+
+def grace_s() -> float:
+    """Seconds from a signal to the forced exit: just under torchrun's own patience; long where nobody is known to kill."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return max(1.0, float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 2)
+    return 600.0
+
+
+def follow_launcher() -> None:
+    """Have the kernel send SIGTERM when `accelerate launch` dies: its simple launcher passes no signal on.
+
+    Linux only (prctl(2), PR_SET_PDEATHSIG); not under a shell, whose end must not end a run under nohup.
+    """
+    if sys.platform == "linux" and launched_by_accelerate():
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def leave_after_lost_rank(error: RuntimeError) -> None:
+    """End this process at once where `error` says that another rank is gone: no collective would ever return.
+
+    gloo says so as soon as the other's connection closes. On GPUs too the stop request asks over gloo before each micro-batch.
+    """
+    lost = ("Connection closed by peer", "Connection reset by peer", "Read error", "Broken pipe", "Timed out waiting")
+    if dist.is_initialized() and any(sign in str(error) for sign in lost):
+        print(
+            f"rank {dist.get_rank()}: another process of this run is gone ({str(error).splitlines()[0]}); leaving, the same"
+            " command goes on from the newest whole checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_RESUME)
