@@ -134,6 +134,27 @@ def run_in_process():
     return run
 
 
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Runs of several ranks without the seconds that each start of Python takes."""
+    from ranks import Ranks
+
+    server = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def tried(record_property):
+    """Note that a fault was really done, so many times, and what showed that nothing was lost; docs/reliability.py reads it."""
+
+    def note(fault, times=1, proof="losses, gradient norms and weights bit for bit those of an undisturbed run"):
+        for name, value in (("fault", fault), ("times", times), ("proof", proof)):
+            record_property(name, value)
+
+    return note
+
+
 def metrics_of(recipe):
     """Rows of a run's metrics."""
     return metrics_of_folder(Path(recipe.output.run_dir))
