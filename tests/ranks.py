@@ -38,7 +38,7 @@ class Launched:
 
     def text(self):
         """All they wrote."""
-        return self.output.read_text(errors="replace")
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def succeed(self, timeout=240):
         """Wait, and insist that all ended well."""
@@ -52,7 +52,12 @@ class Ranks:
 
     def __init__(self, folder):
         self.folder, self.count = folder, 0
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -24,3 +25,16 @@ def run_command(command: Callable[[], int]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether ENOSPC, a quota or a file-size limit is behind an error.
+
+    torch.distributed.checkpoint wraps what happened on each rank; torch's zip writer notices only that its file is shorter than
+    what it wrote; tokenizers and Arrow give the system's message as text.
+    """
+    causes = [error, error.__cause__, error.__context__]
+    causes += [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
+    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
+    signs = ("No space left", "File too large", "Disk quota exceeded", "inline_container")
+    return bool(numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}) or any(sign in str(error) for sign in signs)

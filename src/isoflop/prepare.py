@@ -15,10 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from isoflop.data.manifest import FILE_NAME, Manifest, Split, TokenizerFacts, made_from, read_manifest
-from isoflop.data.sources import Documents, hash_files, open_source
+from isoflop.data.sources import Documents, Origin, hash_files, open_source
 from isoflop.data.tokenizers import load_tokenizer, tokenizer_hash, train_tokenizer
 from isoflop.data.windows import SplitWriter, dtype_for
-from isoflop.errors import UserError
+from isoflop.errors import UserError, is_disk_full
 from isoflop.recipe import Recipe, differences
 
 
@@ -32,6 +32,29 @@ def prepare(recipe: Recipe) -> Manifest:
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    try:
+        manifest = _write(recipe, documents, origin, aside)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        written = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file())
+        shutil.rmtree(aside)
+        raise UserError(
+            f"data.prepared_dir = {str(folder)!r}: no space left after {written:,} bytes, of which none are kept;"
+            f" {shutil.disk_usage(folder.parent).free:,} bytes are free there: free more, or name a prepared_dir on another disk"
+        ) from error
+    aside.replace(folder)  # also over an empty folder
+    for name, split in manifest.splits.items():
+        print(
+            f"prepare: {name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens"
+            f" ({split.bytes / split.tokens:.2f} bytes a token), {split.windows:,} windows of {manifest.sequence_length}"
+        )
+    print(f"prepare: wrote {folder}", flush=True)
+    return manifest
+
+
+def _write(recipe: Recipe, documents: Documents, origin: Origin, aside: Path) -> Manifest:
+    """Tokenizer, splits and manifest, into the folder aside."""
     tokenizer, tokenizer_revision = _tokenizer(recipe, documents)
     tokenizer.save_pretrained(aside / "tokenizer")
     num_ids = max(tokenizer.get_vocab().values()) + 1
@@ -53,13 +76,6 @@ def prepare(recipe: Recipe) -> Manifest:
         splits=splits,
     )
     (aside / FILE_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    aside.replace(folder)  # also over an empty folder
-    for name, split in splits.items():
-        print(
-            f"prepare: {name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens"
-            f" ({split.bytes / split.tokens:.2f} bytes a token), {split.windows:,} windows of {manifest.sequence_length}"
-        )
-    print(f"prepare: wrote {folder}", flush=True)
     return manifest
 
 

@@ -210,7 +210,10 @@ def measure(job: Job, log: MetricsLog, row: Row) -> bool:
         write_samples(job, step, log)
     if due and job.accelerator.is_main_process:
         title = f"{job.folder.path.name}: {cost.parameters(job.recipe.model) / 1e6:,.1f}M parameters"
-        draw_curve(log.rows, job.folder.curve, title, job.manifest.splits["validation"].unigram_entropy_nats)
+        try:
+            draw_curve(log.rows, job.folder.curve, title, job.manifest.splits["validation"].unigram_entropy_nats)
+        except OSError as error:  # a picture that can be drawn again
+            log.say(f"{job.folder.curve} not drawn: {error}")
     return True
 
 

@@ -9,7 +9,12 @@ from conftest import metrics_of
 
 from isoflop.recipe_file import load_recipe
 
-SIZES = {"training__tokens_per_step": 384, "training__micro_batch_size": 1, "training__max_steps": 6, "output__checkpoint_every": 3}
+SIZES = {
+    "training__tokens_per_step": 384,
+    "training__micro_batch_size": 1,
+    "training__max_steps": 6,
+    "output__checkpoint_every": 3,
+}
 SAVED_UNDER = {"1": ("cpu", None), "DDP 2": ("2gpu_ddp", 2), "FSDP2 2": ("2gpu_fsdp2", 2), "ZeRO-1 2": ("2gpu_zero1", 2)}
 RESUMED_UNDER = {
     **SAVED_UNDER, "DDP 3": ("2gpu_ddp", 3), "FSDP2 4": ("4gpu_fsdp2", 4), "ZeRO-1 3": ("2gpu_zero1", 3),

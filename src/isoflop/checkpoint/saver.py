@@ -7,6 +7,7 @@ flight. Training waits for the copy alone, unless the save before is still being
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import sys
 import warnings
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from isoflop.checkpoint.folder import list_checkpoints, partial, remove_partials, seal
 from isoflop.checkpoint.state import Tensors, gather_zero, is_zero, live_tensors, zero_sizes
-from isoflop.errors import UserError
+from isoflop.errors import UserError, is_disk_full
 
 
 class Saver:
@@ -115,7 +116,7 @@ class Saver:
         except (OSError, RuntimeError, CheckpointException) as error:
             if self._rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-            if not _is_disk_full(error):
+            if not is_disk_full(error):
                 raise
             refusal = self._no_space(step)
             if self._rank == 0:
@@ -123,8 +124,7 @@ class Saver:
             return refusal
 
     def _no_space(self, step: int) -> UserError:
-        free = shutil.disk_usage(self._folder).free
-        needed = self._world * sum(part.numel() * part.element_size() for part in self._host.values())
+        free, needed = shutil.disk_usage(self._folder).free, self._needed_bytes()
         missing = f"{needed - free:,} bytes are missing" if needed > free else "a quota or a limit on file sizes is in the way"
         whole = ", ".join(path.name for path in list_checkpoints(self._folder)) or "none"
         return UserError(
@@ -134,9 +134,16 @@ class Saver:
         )
 
     def _make_room(self, aside: Path) -> None:
+        """A fresh folder; a disk that is known to be too small is not filled first, which would fail what else is written."""
         self._folder.mkdir(parents=True, exist_ok=True)
         remove_partials(self._folder)
+        if shutil.disk_usage(self._folder).free < self._needed_bytes():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         aside.mkdir()
+
+    def _needed_bytes(self) -> int:
+        """Of a checkpoint, all ranks' parts being about equal."""
+        return self._world * sum(part.numel() * part.element_size() for part in self._host.values())
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Do something on the main process; every rank goes on after it, or raises what it raised."""
@@ -150,16 +157,3 @@ class Saver:
             dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0] is not None:
             raise outcome[0]
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """Whether ENOSPC, a quota or a file-size limit is behind an error; DCP wraps what happened on each rank.
-
-    torch's zip writer notices only that its file is shorter than what it wrote.
-    """
-    causes = [error, error.__cause__, error.__context__]
-    causes += [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
-    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
-    return bool(numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}) or any(
-        sign in str(error) for sign in ("No space left", "inline_container")
-    )
