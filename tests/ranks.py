@@ -166,9 +166,10 @@ def _wait(pids, timeout):
 
 
 def _serve():
-    import isoflop.pretrain  # noqa: F401  what every rank needs, imported once
     import transformers.models.gpt2.modeling_gpt2
     import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import isoflop.pretrain  # noqa: F401  what every rank needs, imported once
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer

@@ -107,3 +107,19 @@ def test_a_process_that_hangs_is_ended_within_the_grace_period(write_recipe, ran
     assert "SIGTERM: the process did not come to a stop in 2 s and is ended" in launched.text()
     assert "resuming from" in ranks.run("cpu", file)
     tried("SIGTERM to a process that hangs in a library", proof="ended in time with exit code 75; went on from its checkpoint")
+
+
+@pytest.mark.slow
+def test_a_signal_while_torch_compiles(write_recipe, ranks, tried):
+    """A compile lasts longer than the grace period: the thread behind it ends the process, and nothing was trained yet."""
+    file = write_recipe()
+    patience = {"TORCHELASTIC_RUN_ID": "test", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": 6}
+    code = TOLD.format(module="isoflop.pretrain", name="sum_gradients", call=1, ranks=["0"], number=int(signal.SIGTERM))
+    launched = ranks.start("cpu", file, "training.compile=true", code=code, env=patience | {"RANK": 0})
+    started = time.monotonic()
+    assert launched.wait(timeout=120) == [EXIT_RESUME], launched.text()
+    assert time.monotonic() - started < 30
+    ranks.run("cpu", file)
+    tried(
+        "SIGTERM while torch.compile compiles", proof="ended within the grace period with exit code 75; the same command started"
+    )

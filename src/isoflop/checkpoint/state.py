@@ -61,14 +61,16 @@ def load_tensors(path: Path, model: nn.Module, optimizer: Any) -> None:
 
 def read(path: Path, tensors: Tensors) -> None:
     """Fill tensors by their names. Raises `UserError` where the checkpoint has other tensors than these, or tries to run code."""
+    reader = TensorReader(path)
+    try:
+        reader.read_metadata()  # DCP does so again, but would wrap the refusal
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}/.metadata: {error}; this is no checkpoint of isoflop: delete {path} and find out who wrote it"
+        ) from None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        try:
-            load_sharded(dict(tensors), storage_reader=TensorReader(path), no_dist=True)
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"{path}/.metadata: {error}; this is no checkpoint of isoflop: delete {path} and find out who wrote it"
-            ) from None
+        load_sharded(dict(tensors), storage_reader=reader, no_dist=True)
 
 
 def gather_zero(model: nn.Module, optimizer: Any, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe, flatten
@@ -22,7 +22,8 @@ class _Part(BaseModel):
 class Shard(_Part):
     """One Arrow file of windows."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """A file of the prepared folder itself: a path that leaves it is refused."""
     bytes: int
     sha256: str
     windows: int
