@@ -84,6 +84,16 @@ def test_every_spelling_of_the_launcher_is_known(command, arguments):
     assert _launch_arguments(command.split()) == arguments
 
 
+def test_restarts_with_a_store_that_remembers_the_dead_are_refused(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    check_launch(accelerator)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(UserError, match=r"add --rdzv_backend c10d, and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        check_launch(accelerator)
+
+
 def test_half_precision_with_loss_scaling_is_refused():
     accelerator = Accelerator(cpu=True)
     accelerator.state._mixed_precision = "fp16"

@@ -157,6 +157,11 @@ def check_launch(accelerator: Accelerator) -> None:
             f" up as {came_up.value} on {accelerator.device.type}; trained here are one process, DDP, DeepSpeed ZeRO stage 1 and"
             " FSDP2, each by a file of accelerate_configs/"
         )
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "--max_restarts of this launch keeps torchrun's store, which hands restarted processes the addresses of dead ones"
+            " (torch 2.13): add --rdzv_backend c10d, and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
+        )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(
             f"mixed_precision: {accelerator.mixed_precision} of the launch config is not trained here: fp16 needs loss"

@@ -101,8 +101,8 @@ class Job:
         return peak and tokens_per_s * flops_per_token / (peak * self.accelerator.num_processes)
 
 
-def check_data(recipe: Recipe, is_main: bool) -> Manifest:
-    """The prepared data's manifest, after holding it against the recipe and the files against it."""
+def check_data(recipe: Recipe, every_byte: bool) -> Manifest:
+    """The prepared data's manifest, after holding it against the recipe and, where asked to, the files against it."""
     prepared_dir = recipe.data.prepared_dir
     manifest = read_manifest(prepared_dir)
     if changes := differences(manifest.made_from, made_from(recipe)):
@@ -118,7 +118,7 @@ def check_data(recipe: Recipe, is_main: bool) -> Manifest:
     tokenizer = Path(prepared_dir) / "tokenizer"
     if not (tokenizer / "tokenizer.json").is_file() or tokenizer_hash(tokenizer) != manifest.tokenizer.sha256:
         raise UserError(f"{tokenizer}/tokenizer.json is not the one the windows were made with; copy the prepared folder again")
-    if is_main:
+    if every_byte:
         total = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
         full = total <= VERIFY_FULLY_BELOW_BYTES
         print(f"data: {prepared_dir}: checking {'every byte' if full else 'file sizes'} of {total:,} bytes", flush=True)

@@ -47,7 +47,7 @@ def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False,
             report(folder, summary)
         return 0
     with StopRequest() as stop:
-        manifest = check_data(recipe, is_main)
+        manifest = check_data(recipe, every_byte=os.environ.get("LOCAL_RANK", "0") == "0")  # once a node: each may have a copy
         accelerator = build_accelerator(recipe.output)
         try:
             code = carry_out(build_job(recipe, manifest, accelerator, stop), resume, eval_only, dry_run)

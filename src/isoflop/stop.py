@@ -54,6 +54,7 @@ class StopRequest:
         signal.set_wakeup_fd(-1)
         self._wakeup.close()
         self._watcher.join()
+        self._told.close()
         self._group = None
 
     def arm(self) -> None:
@@ -63,7 +64,7 @@ class StopRequest:
         self._armed = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
+        self.signal = self.signal or signal.Signals(number).name  # torchrun follows the first with another
         if not self._armed:
             print(f"{self.signal} before training: nothing to save, leaving", file=sys.stderr, flush=True)
             sys.exit(EXIT_RESUME)
@@ -71,7 +72,6 @@ class StopRequest:
     def _force_exit(self) -> None:
         """Wait for a signal, then for the run's end; leave without it when the grace period is nearly over."""
         number = self._told.recv(1)
-        self._told.close()
         if number and not self._over.wait(timeout=grace_s()):
             print(
                 f"{signal.Signals(number[0]).name}: the process did not come to a stop in {grace_s():.0f} s and is ended; the"

@@ -1,7 +1,6 @@
 import json
-import multiprocessing
-import os
-import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -95,27 +94,27 @@ def test_retention(keep_last, keep_every, keep, left, tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == left
 
 
-def _hold(path, ready, leave):
-    with checkpoint.held(path):
-        ready.set()
-        leave.wait()
+HOLD = """
+import sys
+from pathlib import Path
+from isoflop.checkpoint.folder import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
 
 
 @pytest.mark.parametrize("ends", ["in order", "killed"])
 def test_what_another_process_reads_or_pushes_is_not_deleted_under_it(ends, tmp_path):
     for step in (1, 2, 3):
         sealed(tmp_path, step)
-    context = multiprocessing.get_context("spawn")
-    ready, leave = context.Event(), context.Event()
-    holder = context.Process(target=_hold, args=(tmp_path / "step-1", ready, leave))
-    holder.start()
-    assert ready.wait(60)
-    checkpoint.prune(tmp_path, keep_last=1, keep_every=None)
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-1", "step-3"]
-    if ends == "killed":
-        os.kill(holder.pid, signal.SIGKILL)
-    leave.set()
-    holder.join(60)
+    command = [sys.executable, "-c", HOLD, tmp_path / "step-1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        checkpoint.prune(tmp_path, keep_last=1, keep_every=None)
+        assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-1", "step-3"]
+        if ends == "killed":
+            holder.kill()
     checkpoint.prune(tmp_path, keep_last=1, keep_every=None)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-3"]
 

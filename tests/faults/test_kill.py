@@ -38,6 +38,8 @@ def timed(*arguments, **named):
     return function(*arguments, **named)
 setattr(owner, name, timed)
 """
+RESTARTS = ["--rdzv_backend", "c10d", "--max_restarts", "2"]
+FRESH_STORE = {"PET_RDZV_ENDPOINT": "localhost:0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # Twelve steps with many saves and evaluations, so that kills fall into all of them.
 SIZES = {
     "training__max_steps": 12, "output__checkpoint_every": 2, "evaluation__validate_every": 3, "evaluation__sample_every": 4,
@@ -121,8 +123,8 @@ def test_a_launcher_with_restarts_goes_on_by_itself(write_recipe, tried):
     folder = Path(load_recipe(file).output.run_dir)
     command = ["accelerate", "launch", "--config_file", "accelerate_configs/2cpu_ddp.yaml", "--main_process_port", "0"]
     process = subprocess.Popen(
-        [str(Path(sys.executable).parent / command[0]), *command[1:], "--max_restarts", "2", "scripts/pretrain.py", str(file)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [str(Path(sys.executable).parent / command[0]), *command[1:], *RESTARTS, "scripts/pretrain.py", str(file)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | FRESH_STORE,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not newest_whole(folder) and time.monotonic() < deadline:

@@ -1,0 +1,125 @@
+"""Every file of accelerate_configs/, as many ranks as it says, both families; and the command that users were promised."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, launch, metrics_of
+
+from isoflop.recipe_file import load_recipe
+
+CONFIGS = sorted(path.stem for path in (ROOT / "accelerate_configs").glob("[1-9]gpu*.yaml"))
+ENGINE = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "fsdp2": "FSDP", "hsdp": "FSDP"}
+TOY_LLAMA = [
+    "model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2", "model.num_attention_heads=4",
+    "model.max_position_embeddings=64",
+]  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config != "1gpu"])
+def test_a_config_comes_up_as_what_it_says(config, family, write_recipe, ranks):
+    """In bf16, as the file says: the first loss is that of fp32 to four digits, not rounded to bf16's three."""
+    processes = int(config[0])
+    file = write_recipe(family=family, training__micro_batch_size=1)
+    said = ranks.run(config, file, "--dry-run", fp32=False)
+    assert f"launch: {processes} process(es) ({ENGINE[config.split('_')[1]]}) on cpu, bf16 matrix products" in said
+    first = float(re.search(r"one step: loss ([\d.]+)", said)[1])
+    assert first == pytest.approx(math.log(320), rel=0.02)
+    assert first * 64 != round(first * 64)  # bf16 has steps of 1/32 here
+
+
+def toy_overrides(toy_tree, tmp_path):
+    sections = {name: toy_tree[name] for name in ("training", "tokenizer", "data")}
+    values = [f"{section}.{key}={json.dumps(value)}" for section, part in sections.items() for key, value in part.items()]
+    return [*TOY_LLAMA, *values, f"output.run_dir={tmp_path}/run", "evaluation.sample_tokens=4", "evaluation.max_windows=8"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["2gpu_zero1", "2gpu_fsdp2"])
+def test_the_promised_command(config, toy_tree, tmp_path):
+    """`accelerate launch --config_file accelerate_configs/2gpu_zero1.yaml scripts/pretrain.py recipes/llama2_1.36b.yaml`, smaller."""
+    done = launch(config, "recipes/llama2_1.36b.yaml", *toy_overrides(toy_tree, tmp_path))
+    assert f"launch: 2 process(es) ({ENGINE[config[5:]]}) on cpu, bf16 matrix products" in done.stdout
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["steps"] == 10
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").dtype.itemsize == 4
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("config", "fp32"), [("2gpu_fsdp2", True), ("2gpu_zero1", True), ("2gpu_fsdp2", False), ("2gpu_zero1", False)]
+)
+def test_every_engine_trains_as_one_process(config, fp32, family, undisturbed, write_recipe, ranks):
+    """fp32: to 1e-5 over ten steps. bf16 computes otherwise than autocast, weights too being rounded: to 1%."""
+    file = write_recipe(family=family)
+    ranks.run(config, file, fp32=fp32)
+    ours, theirs = metrics_of(load_recipe(file)), metrics_of(undisturbed[family])
+    for row, other in zip(ours, theirs, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5 if fp32 else 1e-2)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3 if fp32 else 5e-2)
+    assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], abs=1e-5 if fp32 else 1e-2)
+
+
+@pytest.mark.distributed
+def test_engines_agree_in_bf16_from_the_second_step_on(write_recipe, ranks):
+    """DeepSpeed would start its fp32 weights from bf16 ones: the second loss would differ in the fourth digit."""
+    losses = {}
+    for config in ("2gpu_fsdp2", "2gpu_zero1"):
+        file = write_recipe(config)
+        ranks.run(config, file, fp32=False)
+        losses[config] = [row["loss"] for row in metrics_of(load_recipe(file))]
+    assert losses["2gpu_zero1"][:3] == pytest.approx(losses["2gpu_fsdp2"][:3], abs=2e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["2gpu_fsdp2", "2gpu_zero1"])
+@pytest.mark.parametrize(
+    "override", ["training.activation_checkpointing=true", "optimizer.moments_dtype=bfloat16", "training.micro_batch_size=1"]
+)
+def test_memory_choices_under_every_engine(config, override, undisturbed, write_recipe, ranks):
+    file = write_recipe()
+    ranks.run(config, file, override)
+    ours, theirs = metrics_of(load_recipe(file, [override])), metrics_of(undisturbed["llama"])
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], abs=1e-6)
+    assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], rel=2e-3)
+
+
+@pytest.mark.distributed
+def test_layer_norms_of_shards_are_those_of_the_whole(undisturbed, write_recipe, ranks):
+    file = write_recipe()
+    ranks.run("2gpu_fsdp2", file, "output.layer_norms=true")
+    row = metrics_of(load_recipe(file))[0]
+    total = math.sqrt(sum(norm**2 for norm in row["grad_norms"].values()))
+    assert total == pytest.approx(row["grad_norm"], rel=1e-3)
+    assert row["loss"] == pytest.approx(metrics_of(undisturbed["llama"])[0]["loss"], abs=1e-6)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["2gpu_ddp", "2gpu_fsdp2", "2gpu_zero1"])
+def test_compiled_layers_under_every_engine(config, undisturbed, write_recipe, ranks):
+    file = write_recipe()
+    ranks.start(config, file, "training.compile=true").succeed(timeout=500)
+    assert metrics_of(load_recipe(file))[-1]["val_loss"] == pytest.approx(
+        metrics_of(undisturbed["llama"])[-1]["val_loss"], rel=1e-4
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["2gpu_fsdp2", "2gpu_zero1"])
+def test_samples_evaluation_alone_and_a_finished_run(config, write_recipe, ranks):
+    file = write_recipe()
+    ranks.run(config, file, "evaluation.sample_every=4")
+    folder = Path(load_recipe(file).output.run_dir)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in samples] == [4, 8, 10]
+    loss = float(re.search(r"step 10: validation loss ([\d.]+)", ranks.run(config, file, "--eval-only"))[1])
+    assert loss == pytest.approx(metrics_of(load_recipe(file))[-1]["val_loss"], abs=1e-6)
+    assert "is finished" in ranks.run(config, file)
