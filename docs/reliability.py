@@ -21,30 +21,34 @@ HEAD = """# Reliability
 
 Made by `python docs/reliability.py`, which really does each of these faults, to real processes and real files, and counts.
 
-A run is stopped by anything and the same command goes on. Batches follow from (seed, step), the learning rate from the step, dropout
-from (seed, step, rank); a checkpoint holds tensors by parameter name and a few numbers, is written aside, checksummed, synced and
-renamed, and is the same for one process, DDP, DeepSpeed ZeRO-1 and FSDP2.
+A run is stopped by anything and the same command goes on. Batches follow from (seed, step), the learning rate from the step,
+dropout from (seed, step, rank); a checkpoint holds tensors by parameter name and a few numbers, is written aside,
+checksummed, synced and renamed, and is the same for one process, DDP, DeepSpeed ZeRO-1 and FSDP2.
 
 """
 NOTES = """
 ## What is behind it
 
-- **Saving** copies each rank's own part to the host and writes it in a thread with a process group of its own; one save at most is
-  in flight. A save that finds the disk full is reported at once and tried again at the next one; the last one of a run must succeed.
-- **Signals** (SIGTERM, SIGINT, SIGUSR1) to any rank are agreed on between micro-batches; all ranks drop the unfinished step, save,
-  and leave with exit code 75. A thread ends a process that does not come back from a library in time: 2 s before torchrun would
-  kill it (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT`, 30 s where not set), 600 s without a launcher.
-- **A rank that is gone** closes its connection; the others ask for stop requests over gloo before every micro-batch, so they notice
-  within one, say so, and leave with exit code 75. On GPUs a collective of nccl's may have to be given up first: the launcher does.
-- **Retention** keeps the newest `output.keep_last`, the multiples of `output.keep_every`, the one with the least validation loss,
-  and whatever another process holds open to read or push.
-- **Anomalies**: `anomalies.policy` in the recipe is `stop`, `skip` (the update is left out) or `rollback` (to the newest checkpoint,
-  and past the batches up to this one); `anomalies.spike_sigmas: 6` counts jumps above the mean of the last 128 steps too. DeepSpeed
-  cannot skip: it updates the weights before anyone sees the gradients.
-- **Security**: tensors are read with `weights_only`; a checkpoint's table of contents, a pickle of torch's, may name descriptions of
-  tensors alone; `trust_remote_code` is set nowhere; names in manifests and checksums are names of files in their own folder.
+- **Saving** copies each rank's own part to the host and writes it in a thread with a process group of its own; one save at
+  most is in flight. A save that finds the disk full is reported at once and tried again at the next one; the last one of a
+  run must succeed.
+- **Signals** (SIGTERM, SIGINT, SIGUSR1) to any rank are agreed on between micro-batches; all ranks drop the unfinished step,
+  save, and leave with exit code 75. A thread ends a process that does not come back from a library in time: 2 s before
+  torchrun would kill it (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT`, 30 s where not set), 600 s without a launcher.
+- **A rank that is gone** closes its connection; the others ask for stop requests over gloo before every micro-batch, so they
+  notice within one, say so, and leave with exit code 75. On GPUs a collective of nccl's may have to be given up first: the
+  launcher does.
+- **Retention** keeps the newest `output.keep_last`, the multiples of `output.keep_every`, the one with the least validation
+  loss, and whatever another process holds open to read or push.
+- **Anomalies**: `anomalies.policy` in the recipe is `stop`, `skip` (the update is left out) or `rollback` (to the newest
+  checkpoint, and past the batches up to this one); `anomalies.spike_sigmas: 6` counts jumps above the mean of the last 128
+  steps too. DeepSpeed cannot skip: it updates the weights before anyone sees the gradients.
+- **Security**: tensors are read with `weights_only`; a checkpoint's table of contents, a pickle of torch's, may name
+  descriptions of tensors alone; `trust_remote_code` is set nowhere; names in manifests and checksums are names of files in
+  their own folder.
 
-Not tried here: anything on a GPU (nccl, CUDA copies), and a power cut (files and folders are synced before a checkpoint gets its name).
+Not tried here: anything on a GPU (nccl, CUDA copies), and a power cut (files and folders are synced before a checkpoint gets
+its name).
 """
 
 
@@ -72,11 +76,12 @@ def page(report: Path) -> str:
     lost = [f"{case.get('name')}" for kind in ("failure", "error") for case in outcomes[kind]]
     rows = "".join(f"| {fault} | {times[fault]} | {proofs[fault]} |\n" for fault in sorted(times, key=order))
     passed = len(cases) - sum(map(len, outcomes.values()))
+    versions = f"torch {version('torch').split('+')[0]}, accelerate {version('accelerate')}, deepspeed {version('deepspeed')}"
     return (
-        f"{HEAD}{sum(times.values())} faults of {len(times)} kinds; what was lost: **{', '.join(lost) or 'nothing'}**. {passed} tests"
-        f" passed, {len(outcomes['skipped'])} skipped, {len(lost)} failed (Python {platform.python_version()}, torch"
-        f" {version('torch').split('+')[0]}, accelerate {version('accelerate')}, deepspeed {version('deepspeed')}; gloo on"
-        f" {os.cpu_count()} CPU cores).\n\n| fault | times | what showed that nothing was lost |\n| --- | --- | --- |\n{rows}{NOTES}"
+        f"{HEAD}{sum(times.values())} faults of {len(times)} kinds; what was lost: **{', '.join(lost) or 'nothing'}**. {passed}"
+        f" tests passed, {len(outcomes['skipped'])} skipped, {len(lost)} failed (Python {platform.python_version()}, {versions};"
+        f" gloo on {os.cpu_count()} CPU cores).\n\n| fault | times | what showed that nothing was lost |\n| --- | --- | --- |\n"
+        f"{rows}{NOTES}"
     )
 
 

@@ -41,7 +41,7 @@ def toy_overrides(toy_tree, tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("config", ["2gpu_zero1", "2gpu_fsdp2"])
 def test_the_promised_command(config, toy_tree, tmp_path):
-    """`accelerate launch --config_file accelerate_configs/2gpu_zero1.yaml scripts/pretrain.py recipes/llama2_1.36b.yaml`, smaller."""
+    """`accelerate launch --config_file accelerate_configs/2gpu_zero1.yaml scripts/pretrain.py recipes/llama2_1.36b.yaml`."""
     done = launch(config, "recipes/llama2_1.36b.yaml", *toy_overrides(toy_tree, tmp_path))
     assert f"launch: 2 process(es) ({ENGINE[config[5:]]}) on cpu, bf16 matrix products" in done.stdout
     summary = json.loads((tmp_path / "run/summary.json").read_text())

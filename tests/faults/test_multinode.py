@@ -45,8 +45,8 @@ def cluster(tmp_path):
     def start(*arguments, **variables):
         env = {
             **os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-            "CONFIG": "accelerate_configs/2gpu_fsdp2.yaml", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]",
-            "PORT": str(port), "LAST_CALL": "3", **variables,
+            "CONFIG": "accelerate_configs/2gpu_fsdp2.yaml", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n[1-2]", "PORT": str(port), "LAST_CALL": "3", **variables,
         }  # fmt: skip
         command = ["bash", "scripts/pretrain.sbatch", *map(str, arguments)]
         started.append(subprocess.Popen(command, cwd=ROOT, env=env))
