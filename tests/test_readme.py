@@ -81,8 +81,8 @@ def test_the_quickstart_and_every_command_after_it(copy):
     planned = load_recipe(copy / "recipes/mine.yaml")
     assert json.loads((copy / "runs/mine/summary.json").read_text())["steps"] == planned.training.max_steps
     assert "step 6: validation loss" in shell(everyday, copy)
-    for folder, processes in (("short", 1), ("two_processes", 2)):
-        assert json.loads((copy / f"runs/{folder}/summary.json").read_text())["steps"] == 20
+    for folder, processes, steps in (("short", 1, 20), ("two_processes", 2, 25)):
+        assert json.loads((copy / f"runs/{folder}/summary.json").read_text())["steps"] == steps
         assert json.loads((copy / f"runs/{folder}/environment.json").read_text())["launch"]["num_processes"] == processes
 
 
@@ -96,10 +96,13 @@ def test_commands_that_need_the_hub_name_files_that_are_there():
 
 def test_the_table_of_recipes_is_right():
     from isoflop import cost
+    from isoflop.plan.launches import read_launch
 
-    rows = re.findall(r"^\| `(\w[\w.]*)` \| ([\w-]+) \| ([\d,]+) \| ([\d.]+)([MB]) \| (\d+) GB", README, flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w[\w.]*)` \| ([\w-]+) \| ([\d,]+) \| ([\d.]+)([MB]) \| (\d+) GB.*?\| `(\w+)` \|$", README, flags=re.MULTILINE
+    )
     assert {row[0] for row in rows} == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    for name, family, parameters, tokens, unit, memory_gb in rows:
+    for name, family, parameters, tokens, unit, memory_gb, config in rows:
         recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
         assert f"{cost.parameters(recipe.model):,}" == parameters
         assert recipe.model.model_type == {"GPT-2": "gpt2", "Llama": "llama"}[family]
@@ -108,6 +111,9 @@ def test_the_table_of_recipes_is_right():
         needed = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, cost.Launch("1gpu", "single")).total
         fitting = [gpu.memory_bytes for gpu in cost.GPUS.values() if needed <= cost.usable_bytes(gpu.memory_bytes)]
         assert min(fitting) // 2**30 == int(memory_gb), name
+        launch = read_launch(ROOT / f"accelerate_configs/{config}.yaml")
+        needed = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, launch).total
+        assert needed <= cost.usable_bytes(cost.GPUS["a6000"].memory_bytes), name
 
 
 def test_pages_and_files_that_are_named_exist():

@@ -41,7 +41,8 @@ _ASKED = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED
 def build_accelerator(output: Output) -> Accelerator:
     """The Accelerator of this process. Raises `UserError` where it is not what the launch asked for."""
     trackers = usable_trackers(output)
-    asked, on_cpu = asked_engine(), not torch.accelerator.is_available()
+    asked = asked_engine()
+    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     settings: dict[str, Any] = {"log_with": trackers or None, "project_dir": output.run_dir}
     # Gradients live in DDP's buckets instead of beside them: 4 bytes a parameter less.
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
