@@ -43,6 +43,8 @@ def build_accelerator(output: Output) -> Accelerator:
     trackers = usable_trackers(output)
     asked = asked_engine()
     on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers imports too where it is installed
     settings: dict[str, Any] = {"log_with": trackers or None, "project_dir": output.run_dir}
     # Gradients live in DDP's buckets instead of beside them: 4 bytes a parameter less.
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
@@ -85,8 +87,9 @@ def _deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin:
             "the launch config asks for DeepSpeed, which is not installed; run: pip install 'deepspeed>=0.19.8,<0.20', or use a"
             " config of FSDP2 or DDP"
         )
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")  # else dozens of lines about its own set-up
     plugin = DeepSpeedPlugin()
     if (
         plugin.zero_stage != 1

@@ -5,6 +5,7 @@ Entered by `check_data`, then `build_job`. Whatever is wrong ends here in a `Use
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,9 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
     training_model = build_training_model(recipe, facts.eos_token_id, facts.bos_token_id).to(accelerator.device)
     zero = launch_of(accelerator).engine == "zero1"
     weights = {name: p.detach().to("cpu", copy=True) for name, p in training_model.named_parameters()} if zero else {}
-    model, optimizer = accelerator.prepare(training_model, build_optimizer(training_model, recipe.optimizer, accelerator.device))
+    optimizer = build_optimizer(training_model, recipe.optimizer, accelerator.device)
+    with contextlib.redirect_stdout(None) if zero else contextlib.nullcontext():  # DeepSpeed prints its memory, group by group
+        model, optimizer = accelerator.prepare(training_model, optimizer)
     set_zero_weights(training_model, weights)
     prepared_dir = recipe.data.prepared_dir
     return Job(
