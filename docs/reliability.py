@@ -36,8 +36,8 @@ NOTES = """
   save, and leave with exit code 75. A thread ends a process that does not come back from a library in time: 2 s before
   torchrun would kill it (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT`, 30 s where not set), 600 s without a launcher.
 - **A rank that is gone** closes its connection; the others ask for stop requests over gloo before every micro-batch, so they
-  notice within one, say so, and leave with exit code 75. On GPUs a collective of nccl's may have to be given up first: the
-  launcher does.
+  notice within one, say so, and leave with exit code 75. On GPUs a collective of nccl's may have to be given up first: on one
+  node the launcher does, within 30 s; a node that falls silent without closing its connections is given up after ten minutes.
 - **Retention** keeps the newest `output.keep_last`, the multiples of `output.keep_every`, the one with the least validation
   loss, and whatever another process holds open to read or push.
 - **Anomalies**: `anomalies.policy` in the recipe is `stop`, `skip` (the update is left out) or `rollback` (to the newest

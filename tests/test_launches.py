@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch, metrics_of
+from conftest import ROOT, launch, metrics_of, weights_of
 
 from isoflop.recipe_file import load_recipe
 
@@ -123,3 +123,26 @@ def test_samples_evaluation_alone_and_a_finished_run(config, write_recipe, ranks
     loss = float(re.search(r"step 10: validation loss ([\d.]+)", ranks.run(config, file, "--eval-only"))[1])
     assert loss == pytest.approx(metrics_of(load_recipe(file))[-1]["val_loss"], abs=1e-6)
     assert "is finished" in ranks.run(config, file)
+
+
+def test_deepspeed_is_needed_by_its_own_configs_alone(undisturbed, write_recipe, ranks):
+    hidden = "import sys, importlib.util as util\nsys.modules['deepspeed'] = None\nfind = util.find_spec\n"
+    hidden += "util.find_spec = lambda name, *rest: None if name == 'deepspeed' else find(name, *rest)\n"
+    file = write_recipe()
+    ranks.run("cpu", file, code=hidden)
+    assert weights_of(load_recipe(file)) == weights_of(undisturbed["llama"])
+    launched = ranks.start("2gpu_zero1", write_recipe("zero"), code=hidden)
+    assert launched.wait() == [2, 2]
+    assert "DeepSpeed, which is not installed; run: pip install 'deepspeed>=0.19.8,<0.20'" in launched.text()
+
+
+def test_a_launcher_that_starts_again_does_not_go_back_again(write_recipe, ranks):
+    """`--resume-from 5` under a launcher with restarts: the second time it goes on from the newest."""
+    file = write_recipe()
+    ranks.run("cpu", file)
+    folder = Path(load_recipe(file).output.run_dir)
+    (folder / "summary.json").unlink()
+    for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        assert "step-10" in ranks.run("cpu", file, "--resume-from", "5", env={variable: 1})
+        (folder / "summary.json").unlink()
+    assert "step-5" in ranks.run("cpu", file, "--resume-from", "5", env={"TORCHELASTIC_RESTART_COUNT": 0})

@@ -83,7 +83,7 @@ def interrupt_at(monkeypatch, phase, step, number=signal.SIGTERM):
             pretrain_module, "train_step", signalling(pretrain_module.train_step, lambda job, p: p.step + 1 == step)
         )
     elif phase == "saving":
-        monkeypatch.setattr(saver, "seal", signalling(saver.seal, lambda aside, final, state: state["step"] == step))
+        monkeypatch.setattr(saver, "seal", signalling(saver.seal, lambda *what: what[2]["step"] == step))
     elif phase == "evaluation":
         calls = []
         share = validation.share_of_process

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -19,11 +21,16 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def run_command(command: Callable[[], int]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2.
+
+    Launchers hide exit codes: where ISOFLOP_REFUSED names a file, the line is written there too.
+    """
     try:
         sys.exit(command())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if refused := os.environ.get("ISOFLOP_REFUSED"):
+            Path(refused).write_text(f"{error}\n", encoding="utf-8")
         sys.exit(2)
 
 

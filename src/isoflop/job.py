@@ -32,10 +32,12 @@ from isoflop.modeling.loss import TrainingModel
 from isoflop.optim import build_optimizer
 from isoflop.recipe import Recipe, differences, require_whole_steps
 from isoflop.run_folder import RunFolder
-from isoflop.stop import StopRequest
+from isoflop.stop import StopRequest, grace_s
 
 # Up to here every byte of the prepared data is hashed at each start (seconds); beyond, sizes alone are compared.
 VERIFY_FULLY_BELOW_BYTES = 16 * 2**30
+# Assumption: what a disk takes of a checkpoint that is written, synced and hashed.
+SAVE_BYTES_PER_S = 5e8
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
     optimizer = build_optimizer(training_model, recipe.optimizer, accelerator.device)
     with contextlib.redirect_stdout(None) if zero else contextlib.nullcontext():  # DeepSpeed prints its memory, group by group
         model, optimizer = accelerator.prepare(training_model, optimizer)
-    set_zero_weights(training_model, weights)
+    if zero:
+        set_zero_weights(training_model, weights)
     prepared_dir = recipe.data.prepared_dir
     return Job(
         recipe=recipe,
@@ -220,6 +223,11 @@ def describe(job: Job) -> list[str]:
         f"disk: a checkpoint takes about {checkpoint_bytes:,} bytes, {recipe.output.keep_last} are kept"
         f" and one more is being written; {job.folder.free_bytes():,} bytes are free at {job.folder.path}",
     ]
+    if checkpoint_bytes / SAVE_BYTES_PER_S > grace_s():
+        lines.append(
+            f"note: {grace_s():.0f} s after a signal this launcher ends its processes, and a checkpoint may take longer; set"
+            " TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 in its environment"
+        )
     if recipe.schedule.warmup_steps >= job.num_steps:
         lines.append(f"note: schedule.warmup_steps = {recipe.schedule.warmup_steps} covers the whole run: the rate never falls")
     return lines

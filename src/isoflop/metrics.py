@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,10 @@ class MetricsLog:
                 self.say(f"tracker {tracker.name} did not close ({type(error).__name__}: {error})")
         self._accelerator.trackers = []
         if self._accelerator.is_main_process:
-            self.sync()
-            self._stream.close()
+            with suppress(OSError):  # a full disk has been reported where it was met
+                self.sync()
+            with suppress(OSError):
+                self._stream.close()
             self._progress.close()
 
 

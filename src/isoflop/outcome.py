@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from isoflop import cost
 from isoflop.checkpoint.state import read
+from isoflop.errors import UserError
 from isoflop.job import Job
 from isoflop.metrics import MetricsLog, Row
 from isoflop.modeling.build import load_model
@@ -54,8 +55,11 @@ def write_samples(job: Job, step: int, log: MetricsLog | None = None) -> list[st
     texts = sample_texts(job.causal_lm, job.tokenizer, evaluation.sample_prompts, evaluation.sample_tokens)
     if not job.accelerator.is_main_process:
         return texts
-    with job.folder.samples.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"step": step, "samples": texts}) + "\n")
+    try:
+        with job.folder.samples.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, "samples": texts}) + "\n")
+    except OSError as error:
+        raise UserError(f"{job.folder.samples}: {error}; free some space, then the same command goes on") from None
     if log:
         log.say("\n".join(f"step {step}: sample: {text!r}" for text in texts))
     return texts

@@ -39,6 +39,8 @@ def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False,
     real data and writes nothing.
     """
     is_main = os.environ.get("RANK", "0") == "0"
+    if any(int(os.environ.get(f"{launcher}_RESTART_COUNT", "0")) for launcher in ("TORCHELASTIC", "SLURM")):
+        resume = None  # a launcher that starts its command again means to go on, not back again to where that began
     folder = RunFolder(recipe.output.run_dir)
     folder.check_owner(recipe)
     if (summary := folder.finished()) and not (eval_only or dry_run):
@@ -85,7 +87,9 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool) -> i
         return 0
     kept = list_checkpoints(job.folder.checkpoints)
     onwards = (
-        f"saved; the same command goes on from {kept[-1].name}" if kept else "no step was finished; the same command starts over"
+        f"saved; the same command{' without --resume-from' if resume not in (None, NEWEST) else ''} goes on from {kept[-1].name}"
+        if kept
+        else "no step was finished; the same command starts over"
     )
     job.accelerator.print(f"{job.stop.signal or 'a signal to another rank'}: {onwards}")
     return EXIT_RESUME
@@ -102,7 +106,7 @@ def train(job: Job, log: MetricsLog, progress: Progress) -> bool:
     while progress.step < job.num_steps:
         row = train_step(job, progress)
         if row and "anomaly" in row and not passes(job, progress, row):
-            progress = roll_back(job, log, progress)
+            progress, saved = roll_back(job, log, progress), True
             continue
         if row:
             progress.step, progress.row, progress.elapsed_s = row["step"], row, time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def save_checkpoint(job: Job, log: MetricsLog, progress: Progress) -> None:
 
     def prune() -> None:
         there = [step for step in map(checkpoints.step_of, checkpoints.list_checkpoints(folder)) if step in measured]
-        checkpoints.prune(folder, output.keep_last, output.keep_every, keep=sorted(there, key=measured.__getitem__)[:1])
+        try:
+            checkpoints.prune(folder, output.keep_last, output.keep_every, keep=sorted(there, key=measured.__getitem__)[:1])
+        except OSError as error:  # the new one is whole; what could not be deleted is tried again at the next
+            print(f"{folder}: an old checkpoint was not deleted: {error}", file=sys.stderr, flush=True)
 
     state = asdict(progress) | {"data": job.manifest.fingerprint()}
     job.saver.save(progress.step, job.training_model, job.inner_optimizer, state, then=prune)

@@ -83,6 +83,8 @@ class RunFolder:
                 f"output.run_dir = {str(self.path)!r} is in use by {self._lock.read().strip() or 'another process'};"
                 " wait for that run, stop it, or set another output.run_dir"
             ) from None
+        except OSError as error:
+            print(f"{self.path}: no locks on this file system ({error}); a second run here would not be noticed", flush=True)
         self._lock.truncate(0)
         self._lock.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
         self._lock.flush()

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -60,7 +61,8 @@ class StopRequest:
     def arm(self) -> None:
         """From here on a signal waits for the loop. Collective."""
         if dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")  # on the CPU: asking never waits for the device
+            # On the CPU: asking never waits for the device. A rank that is gone without a word (no power) is given up in time.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
         self._armed = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -13,7 +13,7 @@ def sealed(folder, step, content=b"tensors" * 50):
     aside.mkdir(parents=True)
     (aside / "__0_0.distcp").write_bytes(content)
     (aside / ".metadata").write_bytes(b"contents")
-    checkpoint.seal(aside, folder / f"step-{step}", {"step": step})
+    checkpoint.seal(aside, folder / f"step-{step}", {"step": step}, known={})
     return folder / f"step-{step}"
 
 

@@ -177,6 +177,22 @@ def test_other_failures_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_step_that_is_saved_again_is_never_missing(tmp_path, monkeypatch):
+    """Going back and saving the same step: the old one goes when the new one has its name."""
+    import shutil
+
+    saver, rmtree = Saver(tmp_path), shutil.rmtree
+    save(saver, 2)
+
+    def watched(path, **kwargs):
+        assert checkpoint.newest_whole(tmp_path) == tmp_path / "step-2"
+        rmtree(path, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    save(saver, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
+
+
 def test_shares_of_the_ranks_are_even_and_leave_nothing_out():
     saver = Saver.__new__(Saver)
     sizes = {f"p{i}": size for i, size in enumerate([1000, 600, 500, 300, 100, 1, 1, 1])}

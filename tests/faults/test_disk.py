@@ -97,6 +97,21 @@ def test_a_full_disk_while_preparing(small_disk, write_recipe, tried):
     tried("a full disk in prepare", proof="nothing half written is taken for data, the message says what is free")
 
 
+def test_metrics_that_find_no_room_end_the_run_with_the_message(write_recipe, ranks):
+    """The kernel's own full device in place of the file."""
+    file = write_recipe()
+    code = (
+        "import isoflop.metrics as metrics\nwrite = metrics.MetricsLog.write\n"
+        "def full(self, row):\n    if row['step'] == 7:\n        self._stream = open('/dev/full', 'a')\n    write(self, row)\n"
+        "metrics.MetricsLog.write = full\n"
+    )
+    launched = ranks.start("cpu", file, code=code)
+    assert launched.wait() == [2], launched.text()
+    assert re.search(r"error: \S*metrics\.jsonl: .*No space left on device; free some space", launched.text())
+    assert "Traceback" not in launched.text()
+    assert "resuming from" in ranks.run("cpu", file)
+
+
 def test_limits_on_the_size_of_files_count_as_a_full_disk(write_recipe, ranks, tried):
     """For users who may not mount: the kernel refuses to let files grow past 20 kB once step 5 is saved."""
     code = """

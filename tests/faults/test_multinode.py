@@ -111,9 +111,9 @@ def test_before_the_time_limit_the_run_saves_and_the_job_is_queued_again(cluster
     wait_for(lambda: list((folder / "checkpoints").glob("step-*")))
     for node in launchers(process):
         node.send_signal(signal.SIGUSR1)
-    assert process.wait(120) != 0
+    assert process.wait(120) not in (0, 128 + signal.SIGUSR1)  # the launchers answered it, and were not ended by it
     assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
     logs = "".join((tmp_path / f"node-{n}.log").read_text() for n in range(2))
-    saved = int(re.search(r"(?:SIGUSR1|SIGTERM|another rank): saved; the same command goes on from step-(\d+)", logs)[1])
+    saved = int(re.search(r"(?:SIGUSR1|another rank): saved; the same command goes on from step-(\d+)", logs)[1])
     assert metrics_of(load_recipe(file))[-1]["step"] == saved
     tried("SIGUSR1 to the launchers of two nodes, as Slurm sends it", proof="saved at the step it came in; the job queued again")

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +57,28 @@ def find_faults(path: Path) -> list[str]:
             faults.append(f"{CHECKSUMS} names {name!r}, which is no file of this folder")
         elif not (path / name).is_file():
             faults.append(f"{name} is missing")
-        elif _sha256(path / name) != checksum:
+        elif sha256(path / name) != checksum:
             faults.append(f"{name} does not match its checksum")
     return faults
 
 
-def seal(aside: Path, final: Path, trainer_state: dict[str, Any]) -> None:
-    """Make a written checkpoint whole: trainer state, the checksum of every file, all synced to the disk, then its name."""
+def seal(aside: Path, final: Path, trainer_state: dict[str, Any], known: dict[str, str]) -> None:
+    """Make a written checkpoint whole: trainer state, the checksum of every file, all synced to the disk, then its name.
+
+    `known` are checksums that the ranks took of the files they wrote.
+    """
     (aside / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=1) + "\n", encoding="utf-8")
-    checksums = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
+    checksums = {file.name: known.get(file.name) or sha256(file) for file in sorted(aside.iterdir())}
     (aside / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
     for file in aside.iterdir():
         _sync(file)
     _sync(aside)
-    shutil.rmtree(final, ignore_errors=True)  # the same state, reached again after resuming from an older one
+    replaced = final.with_name(f".{final.name}.replaced.partial")
+    if final.exists():  # the same step, reached again after going back to an older one
+        final.rename(replaced)
     aside.rename(final)
     _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_trainer_state(path: Path) -> dict[str, Any]:
@@ -106,25 +112,27 @@ def remove_partials(folder: Path) -> None:
 def held(path: Path) -> Iterator[None]:
     """Keep retention, also another process's, from deleting a checkpoint while it is read or pushed.
 
-    The kernel lets go when the process ends, however it ends.
+    The kernel lets go when the process ends, however it ends. A file system without locks cannot be told: nothing is held there.
     """
     with (path / CHECKSUMS).open("rb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_SH)
+        with suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_SH)
         yield
 
 
 def _is_held(path: Path) -> bool:
     try:
-        with (path / CHECKSUMS).open("rb") as stream:
+        with (path / CHECKSUMS).open("r+b") as stream:  # for writing: NFS gives exclusive locks to no one else
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:  # not whole: nobody's
+    except OSError:  # not whole, so nobody's; or no locks here, so nobody can hold it
         return False
     return False
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Checksum of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

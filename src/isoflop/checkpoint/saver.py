@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.tensor import DTensor
 
-from isoflop.checkpoint.folder import list_checkpoints, partial, remove_partials, seal
+from isoflop.checkpoint.folder import list_checkpoints, partial, remove_partials, seal, sha256
 from isoflop.checkpoint.state import Tensors, gather_zero, is_zero, live_tensors, zero_sizes
 from isoflop.errors import UserError, is_disk_full
 
@@ -37,7 +37,12 @@ class Saver:
         # Of its own and on the CPU: collectives of a thread must not mix with those of training.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        # A new thread would work on the first GPU, whichever is this rank's.
+        device: dict[str, Any] = {}
+        if torch.cuda.is_available():
+            device = {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", **device)
+        self._checkpoint_bytes = 0
         self._in_flight: Future[UserError | None] | None = None
         self._host: Tensors = {}  # kept between saves: fresh (pinned) memory costs more time than the copy
 
@@ -75,10 +80,13 @@ class Saver:
 
     def _own_part(self, model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
         if is_zero(optimizer):
-            mine = self._share(zero_sizes(model))
+            sizes = zero_sizes(model)
+            self._checkpoint_bytes = 4 * sum(sizes.values())
+            mine = self._share(sizes)
             yield from gather_zero(model, optimizer, mine.__contains__)
             return
         tensors = live_tensors(model, optimizer)
+        self._checkpoint_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())  # of whole tensors
         mine = self._share({name: tensor.numel() for name, tensor in tensors.items() if not isinstance(tensor, DTensor)})
         yield from ((name, tensor) for name, tensor in tensors.items() if isinstance(tensor, DTensor) or name in mine)
 
@@ -109,8 +117,10 @@ class Saver:
             self._on_main(lambda: self._make_room(aside))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-                save_sharded(staged, storage_writer=FileSystemWriter(aside), process_group=self._group)
-            self._on_main(lambda: seal(aside, self._folder / f"step-{step}", trainer_state))
+                # No copying ahead: all is on the host already, and the copier would wait for training's work on the GPU.
+                save_sharded(staged, storage_writer=FileSystemWriter(aside, per_thread_copy_ahead=0), process_group=self._group)
+            checksums = self._checksums(aside)
+            self._on_main(lambda: seal(aside, self._folder / f"step-{step}", trainer_state, checksums))
             self._on_main(then)
             return None
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -124,7 +134,7 @@ class Saver:
             return refusal
 
     def _no_space(self, step: int) -> UserError:
-        free, needed = shutil.disk_usage(self._folder).free, self._needed_bytes()
+        free, needed = shutil.disk_usage(self._folder).free, self._checkpoint_bytes
         missing = f"{needed - free:,} bytes are missing" if needed > free else "a quota or a limit on file sizes is in the way"
         whole = ", ".join(path.name for path in list_checkpoints(self._folder)) or "none"
         return UserError(
@@ -137,13 +147,18 @@ class Saver:
         """A fresh folder; a disk that is known to be too small is not filled first, which would fail what else is written."""
         self._folder.mkdir(parents=True, exist_ok=True)
         remove_partials(self._folder)
-        if shutil.disk_usage(self._folder).free < self._needed_bytes():
+        if shutil.disk_usage(self._folder).free < self._checkpoint_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         aside.mkdir()
 
-    def _needed_bytes(self) -> int:
-        """Of a checkpoint, all ranks' parts being about equal."""
-        return self._world * sum(part.numel() * part.element_size() for part in self._host.values())
+    def _checksums(self, aside: Path) -> dict[str, str]:
+        """Of every rank's files, on the main process: each rank hashes what it wrote."""
+        own = {file.name: sha256(file) for file in aside.glob(f"__{self._rank}_*.distcp")}
+        if self._group is None:
+            return own
+        gathered: list[Any] | None = [None] * self._world if self._rank == 0 else None
+        dist.gather_object(own, gathered, dst=0, group=self._group)
+        return {name: checksum for part in gathered or [] for name, checksum in part.items()}
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Do something on the main process; every rank goes on after it, or raises what it raised."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.fsdp import FSDPModule
 
 from isoflop.errors import UserError
 
@@ -33,7 +34,14 @@ def is_zero(optimizer: Any) -> bool:
 
 
 def live_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Tensors:
-    """The very tensors of an unwrapped model and its optimizer (DTensors under FSDP2); tied weights once."""
+    """The very tensors of an unwrapped model and its optimizer (DTensors under FSDP2); tied weights once.
+
+    After a forward without gradients FSDP2 leaves what it does not reshard (embedding, last norm, head) as whole copies that the
+    optimizer does not know, so all is resharded first.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     if optimizer is not None:
         for name, parameter in model.named_parameters():
