@@ -75,3 +75,21 @@ def test_the_memory_page_is_made_anew(tmp_path):
         for folder in (DOCS, tmp_path)
     ]
     assert predictions[0] == predictions[1]
+
+
+def test_the_reliability_page_adds_up_and_lost_nothing():
+    """Made by really doing each fault (`make pages`); a run that lost something would stand there."""
+    page = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"(\d+) faults of (\d+) kinds; what was lost: \*\*nothing\*\*\. \d+ tests passed, \d+ skipped, 0 failed", page
+    )
+    rows = re.findall(r"^\| (.+) \| (\d+) \| (.+) \|$", page, flags=re.MULTILINE)
+    assert (sum(int(times) for _, times, _ in rows), len(rows)) == (int(found[1]), int(found[2]))
+    faults = [fault for fault, _, _ in rows]
+    for kind in (
+        "`kill -9` of a whole job", "`kill -9` of one rank", "`kill -9` of a whole node", "SIGTERM", "SIGUSR1", "a truncated",
+        "a bit-flipped", "a missing", "a full disk in a save", "a full disk in prepare", "a second process", "a loss spike",
+        "a loss that is not a number", "a clock that jumps", "a tracker", "a pickle", "tokens and passwords",
+        "a checkpoint of ZeRO-1 2",
+    ):  # fmt: skip
+        assert any(fault.startswith(kind) for fault in faults), kind

@@ -123,7 +123,7 @@ TOY_WIDTHS = {
 
 @pytest.mark.parametrize("config", ["cpu", pytest.param("2cpu_ddp", marks=pytest.mark.distributed)])
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_starts_at_the_logarithm_of_its_vocabulary(name, config, toy_tree, tmp_path):
+def test_every_recipe_starts_at_the_logarithm_of_its_vocabulary(name, config, toy_tree, tmp_path, ranks):
     model = load_recipe(ROOT / f"recipes/{name}.yaml").model
     overrides = [f"model.{change}" for change in TOY_WIDTHS[model.model_type]]
     if model.model_type == "llama" and model.num_key_value_heads:
@@ -134,10 +134,10 @@ def test_every_recipe_starts_at_the_logarithm_of_its_vocabulary(name, config, to
         for section in ("training", "tokenizer", "data")
         for key, value in toy[section].items()
     ]
-    done = launch(
+    said = ranks.run(
         config, f"recipes/{name}.yaml", *overrides, f"output.run_dir={tmp_path}/run", "evaluation.sample_tokens=4", "--dry-run"
     )
-    first = float(re.search(r"one step: loss ([\d.]+)", done.stdout)[1])
+    first = float(re.search(r"one step: loss ([\d.]+)", said)[1])
     assert first == pytest.approx(math.log(model.vocab_size), rel=0.02)
     assert not (tmp_path / "run").exists()
 

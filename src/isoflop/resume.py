@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from isoflop.anomaly import History
 from isoflop.checkpoint import folder as checkpoints
-from isoflop.checkpoint.state import load_tensors
+from isoflop.checkpoint.state import is_zero, load_tensors
 from isoflop.errors import UserError
 from isoflop.job import Job
 from isoflop.metrics import MetricsLog, Row
@@ -67,7 +67,9 @@ def load_checkpoint(job: Job, resume: str | None, eval_only: bool) -> Progress:
                 f"data.prepared_dir = {job.recipe.data.prepared_dir!r} holds other windows than {path} was trained on, made"
                 " from the same recipe but other files; put the earlier ones back, or start over in another output.run_dir"
             )
-        load_tensors(path, job.training_model, job.inner_optimizer)
+        # To be measured it needs no moments; DeepSpeed's weights are in its optimizer.
+        moments = job.inner_optimizer if not eval_only or is_zero(job.inner_optimizer) else None
+        load_tensors(path, job.training_model, moments)
     progress = Progress(**state)
     job.accelerator.wait_for_everyone()
     if job.accelerator.is_main_process and not eval_only:

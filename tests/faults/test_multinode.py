@@ -104,6 +104,26 @@ def port_of(process):
 
 @pytest.mark.distributed
 @pytest.mark.slow
+def test_a_fixed_set_of_two_nodes(write_recipe, tmp_path):
+    """The first command of docs/multinode.md, on two launchers of this machine with two processes each."""
+    file = write_recipe(training__micro_batch_size=1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    nodes = []
+    for rank in range(2):
+        command = [ACCELERATE, "launch", "--config_file", "accelerate_configs/2node_8gpu_fsdp2.yaml", "--num_processes", "4"]
+        command += ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+        log = (tmp_path / f"node-{rank}.log").open("w")
+        nodes.append(subprocess.Popen([*command, "scripts/pretrain.py", str(file)], cwd=ROOT, env=env, stdout=log, stderr=log))
+    assert [node.wait(200) for node in nodes] == [0, 0]
+    environment = json.loads((Path(load_recipe(file).output.run_dir) / "environment.json").read_text())
+    assert (environment["launch"]["num_processes"], environment["launch"]["distributed_type"]) == (4, "FSDP")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_before_the_time_limit_the_run_saves_and_the_job_is_queued_again(cluster, write_recipe, tmp_path, tried):
     file = write_recipe(training__max_steps=100_000, evaluation__validate_every=100_000, training__micro_batch_size=1)
     folder = Path(load_recipe(file).output.run_dir)

@@ -68,7 +68,7 @@ def load_tensors(path: Path, model: nn.Module, optimizer: Any) -> None:
 
 
 def read(path: Path, tensors: Tensors) -> None:
-    """Fill tensors by their names. Raises `UserError` where the checkpoint has other tensors than these, or tries to run code."""
+    """Fill tensors by their names, in place. Raises `UserError` where the checkpoint's table of contents tries to run code."""
     reader = TensorReader(path)
     try:
         reader.read_metadata()  # DCP does so again, but would wrap the refusal
