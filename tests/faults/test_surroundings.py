@@ -118,5 +118,7 @@ def test_a_second_process_on_the_same_folder(write_recipe, ranks, tried):
     third.kill(0, signal.SIGTERM)
     assert third.wait() == [75], third.text()
     assert f"pid {third.pids[0]}" in (folder / "lock").read_text()
-    tried("a second process on a run's folder", proof="refused with the first one's host and pid, whose training went on")
-    tried("a lock left by a killed process", proof="taken over")
+    tried(
+        "a second process on a run's folder; the lock of a killed one",
+        proof="refused with the first one's host and pid, whose training went on; taken over",
+    )
