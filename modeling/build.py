@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from isoflop.modeling.documents import attend
 
 RESIDUAL_PROJECTIONS = ("o_proj", "down_proj", "c_proj")  # what each block adds to the residual stream, in Llama and GPT-2
 
 # transformers' own sdpa, without its mask builder: that looks for packed documents in every batch and waits for the device each
-# time. Windows here carry no padding, so the kernel's own causal flag is all the mask there is.
+# time. Windows here carry no padding, so the kernel's own causal flag is all the mask there is; documents that are kept apart
+# bring their own.
 UNMASKED_SDPA = "sdpa_unmasked"
-AttentionInterface.register(UNMASKED_SDPA, sdpa_attention_forward)
+AttentionInterface.register(UNMASKED_SDPA, attend)
 
 
 def build_config(fields: dict[str, Any], eos_token_id: int, bos_token_id: int | None) -> PretrainedConfig:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isoflop.modeling.documents import document_arguments
+
 IGNORED = -100  # target of a row that carries no loss: the convention of torch and transformers
 # Bytes of fp32 logits held at once. Large enough that small vocabularies go through in a few chunks (chunking costs
 # 5-14% there when it is finer), small enough to be nothing beside the activations of the models it serves.
@@ -93,11 +95,14 @@ class TrainingModel(nn.Module):
 
     The head is called as a module and the whole goes through this forward, so that the hooks of DDP and FSDP2 run.
     What FSDP2 shards apart (layers, embeddings, last norm and head) Accelerate finds by transformers' names, passed on here.
+
+    With `document_end`, the id that ends each document, attention stays within documents and positions restart at each.
+    The first id of a document is still predicted, at the end of the one before: as many targets as without, so losses compare.
     """
 
     base_model_prefix = "base_model"
 
-    def __init__(self, causal_lm: nn.Module) -> None:
+    def __init__(self, causal_lm: nn.Module, document_end: int | None = None) -> None:
         super().__init__()
         stock: Any = causal_lm
         head = stock.get_output_embeddings()
@@ -105,6 +110,7 @@ class TrainingModel(nn.Module):
         loss_head.weight = head.weight  # the very parameter: ties and names stay as they were
         stock.set_output_embeddings(loss_head)
         self.causal_lm = stock
+        self.document_end = document_end
         self._no_split_modules = stock._no_split_modules
 
     @property
@@ -129,7 +135,11 @@ class TrainingModel(nn.Module):
         `targets` (batch, seq - 1) replaces `input_ids[:, 1:]`; rows of `IGNORED` carry no loss, and with it the sum is
         returned instead of the mean, so that batches of different sizes can be added.
         """
-        hidden = self.causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+        documents = {}
+        if self.document_end is not None:
+            attention, dtype = self.causal_lm.config._attn_implementation, self.causal_lm.get_input_embeddings().weight.dtype
+            documents = document_arguments(input_ids, self.document_end, attention, dtype)
+        hidden = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **documents).last_hidden_state[:, :-1]
         if targets is not None:
             loss_sum: Tensor = self.causal_lm.get_output_embeddings()(hidden, targets)
             return loss_sum

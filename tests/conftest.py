@@ -49,10 +49,51 @@ def corpus(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def fifty_documents(tmp_path):
+    """The same fifty documents in every local form."""
+    import gzip
+
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = [f"document {i}\nsecond line é\n" for i in range(50)]
+    for i, text in enumerate(rows):
+        (tmp_path / f"doc{i:02}.txt").write_text(text, encoding="utf-8")
+    lines = "".join(json.dumps({"text": text, "score": i}) + "\n" for i, text in enumerate(rows))
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    with pa.output_stream(tmp_path / "rows.jsonl.zst", compression="zstd") as stream:
+        stream.write(lines.encode())
+    pa.parquet.write_table(pa.table({"text": rows, "score": range(50)}), tmp_path / "rows.parquet")
+    return tmp_path
+
+
+def rows_of(folder):
+    """The texts of `fifty_documents`."""
+    return [json.loads(line)["text"] for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def documents_of(opened):
+    """All texts of an opened source, in order."""
+    from collections import Counter
+
+    from isoflop.data.documents import read_documents
+    from isoflop.recipe_data import Filter
+
+    return [
+        text
+        for table in opened.tables
+        for number in range(table.num_parts)
+        for batch in read_documents(table, number, Filter(), Counter())
+        for text in batch.texts.to_pylist()
+    ]
+
+
 @pytest.fixture(scope="session")
 def toy_tree(corpus, tmp_path_factory):
     """Sections of a toy recipe whose data is prepared once for all tests."""
-    from isoflop.prepare import prepare
+    from isoflop.prepare.command import prepare
     from isoflop.recipe import Recipe
 
     prepared = tmp_path_factory.mktemp("prepared") / "toy"

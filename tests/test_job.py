@@ -55,12 +55,12 @@ def test_tokenizer_ids_beyond_the_vocabulary(toy_recipe, run_in_process, own_dat
 
 
 def test_a_shard_whose_checksum_fails(toy_recipe, run_in_process, own_data):
-    shard = own_data / "train-00000.arrow"
+    shard = own_data / "text-train-00000-000.arrow"
     content = bytearray(shard.read_bytes())
     content[-500] ^= 1
     shard.write_bytes(content)
     recipe = toy_recipe(data__prepared_dir=str(own_data))
-    refuses(run_in_process, recipe, r"prepared data is damaged: .*train-00000.arrow does not match its SHA-256")
+    refuses(run_in_process, recipe, r"prepared data is damaged: .*text-train-00000-000.arrow does not match its SHA-256")
 
 
 def test_another_tokenizer_in_the_prepared_folder(toy_recipe, run_in_process, own_data):
@@ -103,7 +103,8 @@ def test_resuming_on_other_windows_made_from_the_same_recipe(toy_recipe, run_in_
     assert run_in_process(recipe) == 0
     (Path(recipe.output.run_dir) / "summary.json").unlink()
     manifest = json.loads((own_data / "manifest.json").read_text())
-    manifest["splits"]["train"]["shards"] = manifest["splits"]["validation"]["shards"]
+    splits = manifest["sources"]["text"]["splits"]
+    splits["train"]["shards"] = splits["validation"]["shards"]
     (own_data / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"holds other windows than .*step-10 was trained on"):
         run_in_process(recipe)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from isoflop.data.manifest import Split
 from isoflop.modeling.build import build_config, build_model
 from isoflop.modeling.loss import TrainingModel
 from isoflop.validation import bits_per_byte, sample_texts, validation_loss
@@ -42,8 +41,7 @@ def test_the_mean_does_not_depend_on_how_the_windows_are_batched(micro_batch_siz
 
 
 def test_bits_per_byte_by_hand():
-    split = Split(documents=1, bytes=300, tokens=100, windows=3, dropped_tokens=4, unigram_entropy_nats=1.0, shards=[])
-    assert bits_per_byte(3 * math.log(2), split) == pytest.approx(1.0)
+    assert bits_per_byte(3 * math.log(2), bytes_per_token=3.0) == pytest.approx(1.0)
 
 
 def test_samples_are_seeded(toy_tree):

@@ -6,6 +6,7 @@ Entered by `check_data`, then `build_job`. Whatever is wrong ends here in a `Use
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from isoflop import cost
 from isoflop.checkpoint.folder import list_checkpoints
 from isoflop.checkpoint.saver import Saver
 from isoflop.checkpoint.state import set_zero_weights
-from isoflop.data.manifest import Manifest, made_from, read_manifest, verify_shards
-from isoflop.data.order import permute, share_of_process, windows_of_step
+from isoflop.data.manifest import Manifest, made_from, read_manifest, validation_facts, verify_shards
+from isoflop.data.order import Order, permute, share_of_process
 from isoflop.data.tokenizers import tokenizer_hash
 from isoflop.data.windows import Windows
 from isoflop.distributed import launch_of, set_step
@@ -51,6 +52,8 @@ class Job:
     stop: StopRequest
     tokenizer: Any
     train_windows: Windows
+    order: Order
+    """In which order training sees them."""
     validation_windows: Windows
     saver: Saver
     training_model: TrainingModel
@@ -76,8 +79,7 @@ class Job:
     def batch(self, step: int) -> torch.Tensor:
         """This process's ids of a 0-based step on its device, (accumulation, micro_batch_size, sequence_length)."""
         training, accelerator = self.recipe.training, self.accelerator
-        per_step = training.tokens_per_step // training.sequence_length
-        indices = windows_of_step(step, per_step, len(self.train_windows), self.recipe.seed)
+        indices = self.order.of_step(step, training.tokens_per_step // training.sequence_length)
         mine = share_of_process(indices, training.micro_batch_size, accelerator.num_processes, accelerator.process_index)
         ids = torch.from_numpy(self.train_windows.take(mine.reshape(-1))).view(*mine.shape, training.sequence_length)
         if accelerator.device.type == "cuda":
@@ -85,10 +87,19 @@ class Job:
         return ids.to(accelerator.device, non_blocking=True)
 
     def validation_order(self) -> NDArray[np.int64]:
-        """The held-out windows to measure on: the same ones for every run over this data."""
-        size = len(self.validation_windows)
-        count = min(size, self.recipe.evaluation.max_windows or size)
-        return permute(np.arange(count), size, self.recipe.data.split_seed, epoch=0)
+        """The held-out windows to measure on: the same ones for every run over this data; of each source by its share."""
+        data, sizes = self.recipe.data, [split.windows for split in self.manifest.split("validation")]
+        shares = list(data.shares().values())
+        total = math.floor(min(size / share for size, share in zip(sizes, shares, strict=True)))
+        total = min(total, self.recipe.evaluation.max_windows or total)
+        counts = [max(1, round(share * total)) for share in shares]
+        parts = [permute(np.arange(min(pair)), pair[1], data.split_seed, epoch=0) for pair in zip(counts, sizes, strict=True)]
+        return np.concatenate([sum(sizes[:number]) + part for number, part in enumerate(parts)])
+
+    @property
+    def validation_facts(self) -> tuple[float, float]:
+        """Bytes per token and unigram entropy (nats) of the validation text."""
+        return validation_facts(self.manifest, self.recipe.data.shares())
 
     def predicted_memory(self) -> cost.Memory:
         """Peak of this process's tensors, by part; what it held before the model comes on top."""
@@ -122,7 +133,7 @@ def check_data(recipe: Recipe, every_byte: bool) -> Manifest:
     if not (tokenizer / "tokenizer.json").is_file() or tokenizer_hash(tokenizer) != manifest.tokenizer.sha256:
         raise UserError(f"{tokenizer}/tokenizer.json is not the one the windows were made with; copy the prepared folder again")
     if every_byte:
-        total = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
+        total = sum(shard.bytes for shard in manifest.shards())
         full = total <= VERIFY_FULLY_BELOW_BYTES
         print(f"data: {prepared_dir}: checking {'every byte' if full else 'file sizes'} of {total:,} bytes", flush=True)
         verify_shards(prepared_dir, manifest, full)
@@ -152,8 +163,9 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
         accelerator=accelerator,
         stop=stop,
         tokenizer=AutoTokenizer.from_pretrained(Path(prepared_dir) / "tokenizer"),
-        train_windows=Windows(prepared_dir, manifest.splits["train"], manifest.sequence_length),
-        validation_windows=Windows(prepared_dir, manifest.splits["validation"], manifest.sequence_length),
+        train_windows=Windows(prepared_dir, manifest.shards("train"), manifest.sequence_length),
+        order=Order.of([split.windows for split in manifest.split("train")], list(recipe.data.shares().values()), recipe.seed),
+        validation_windows=Windows(prepared_dir, manifest.shards("validation"), manifest.sequence_length),
         saver=Saver(Path(recipe.output.run_dir) / "checkpoints"),
         training_model=training_model,
         model=model,
@@ -191,13 +203,13 @@ def build_training_model(recipe: Recipe, eos_token_id: int, bos_token_id: int | 
     if recipe.training.compile:
         for layer in decoder_layers(causal_lm):
             layer.compile()
-    return TrainingModel(causal_lm).train()
+    return TrainingModel(causal_lm, eos_token_id if recipe.training.document_masking else None).train()
 
 
 def describe(job: Job) -> list[str]:
     """What will be trained, how it was launched and what it needs, each number with its arithmetic."""
     recipe, training, accelerator = job.recipe, job.recipe.training, job.accelerator
-    parameters, windows = cost.parameters(recipe.model), job.manifest.splits["train"].windows
+    parameters = cost.parameters(recipe.model)
     tokens = job.num_steps * training.tokens_per_step
     flops = cost.flops_per_token(recipe.model, training.sequence_length)
     device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
@@ -207,8 +219,8 @@ def describe(job: Job) -> list[str]:
     checkpoint_bytes = cost.checkpoint_bytes(recipe.model, recipe.optimizer)
     lines = [
         f"model: {recipe.model.model_type}, {parameters:,} parameters, {flops:,} FLOPs a token in training",
-        f"tokens: {job.num_steps:,} steps x {training.tokens_per_step:,} = {tokens:,} (D/N {tokens / parameters:.2f},"
-        f" {tokens / (windows * training.sequence_length):.2f} epochs of {windows:,} windows of {training.sequence_length})",
+        f"tokens: {job.num_steps:,} steps x {training.tokens_per_step:,} = {tokens:,} (D/N {tokens / parameters:.2f}),"
+        f" windows of {training.sequence_length}: {'; '.join(shares_of_run(job))}",
         f"launch: {accelerator.num_processes} process(es) ({accelerator.distributed_type.value}) on {device}, {precision} matrix"
         f" products, {torch.get_num_threads()} CPU thread(s) each;"
         f" {training.tokens_per_step:,} tokens a step = {training.sequence_length} x micro-batch {training.micro_batch_size}"
@@ -230,6 +242,17 @@ def describe(job: Job) -> list[str]:
         )
     if recipe.schedule.warmup_steps >= job.num_steps:
         lines.append(f"note: schedule.warmup_steps = {recipe.schedule.warmup_steps} covers the whole run: the rate never falls")
+    return lines
+
+
+def shares_of_run(job: Job) -> list[str]:
+    """What the run sees of each source: its share of the tokens as it comes out, and how often it is repeated."""
+    per_step = job.recipe.training.tokens_per_step // job.recipe.training.sequence_length
+    counts = job.order.counts(job.num_steps * per_step)
+    lines = []
+    for (name, share), count, size in zip(job.recipe.data.shares().items(), counts, job.order.sizes, strict=True):
+        of = f"{name} {count / sum(counts):.4%} of the tokens (asked for {share:.2%}), " if len(counts) > 1 else ""
+        lines.append(f"{of}{count / size:.2f} epochs of {size:,} windows")
     return lines
 
 

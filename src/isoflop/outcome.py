@@ -67,7 +67,7 @@ def write_samples(job: Job, step: int, log: MetricsLog | None = None) -> list[st
 
 def summarize(job: Job, rows: list[Row]) -> dict[str, Any]:
     """The numbers of a finished run."""
-    last, split = rows[-1], job.manifest.splits["validation"]
+    last, (bytes_per_token, unigram_entropy_nats) = rows[-1], job.validation_facts
     tokens_per_s = statistics.median(row["tokens_per_s"] for row in rows)
     flops_per_token = cost.flops_per_token(job.recipe.model, job.recipe.training.sequence_length)
     return {
@@ -77,8 +77,8 @@ def summarize(job: Job, rows: list[Row]) -> dict[str, Any]:
         "flops": last["tokens"] * flops_per_token,
         "loss": last["loss"],
         "val_loss": last["val_loss"],
-        "bits_per_byte": bits_per_byte(last["val_loss"], split),
-        "unigram_entropy_nats": split.unigram_entropy_nats,
+        "bits_per_byte": bits_per_byte(last["val_loss"], bytes_per_token),
+        "unigram_entropy_nats": unigram_entropy_nats,
         "tokens_per_s": tokens_per_s,
         "mfu": job.mfu(tokens_per_s),
         "predicted_memory_bytes": job.predicted_memory().total + job.memory_before_bytes,

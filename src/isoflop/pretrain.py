@@ -215,7 +215,7 @@ def measure(job: Job, log: MetricsLog, row: Row) -> bool:
     if due and job.accelerator.is_main_process:
         title = f"{job.folder.path.name}: {cost.parameters(job.recipe.model) / 1e6:,.1f}M parameters"
         try:
-            draw_curve(log.rows, job.folder.curve, title, job.manifest.splits["validation"].unigram_entropy_nats)
+            draw_curve(log.rows, job.folder.curve, title, job.validation_facts[1])
         except OSError as error:  # a picture that can be drawn again
             log.say(f"{job.folder.curve} not drawn: {error}")
     return True
@@ -256,10 +256,10 @@ def evaluate_only(job: Job, progress: Progress) -> int:
     loss = validate(job)
     if loss is None:
         return EXIT_RESUME
-    split = job.manifest.splits["validation"]
+    bytes_per_token, unigram_entropy_nats = job.validation_facts
     job.accelerator.print(
-        f"step {progress.step}: validation loss {loss:.6f} nats per token ({bits_per_byte(loss, split):.4f} bits per byte);"
-        f" token frequencies alone: {split.unigram_entropy_nats:.4f}"
+        f"step {progress.step}: validation loss {loss:.6f} nats per token"
+        f" ({bits_per_byte(loss, bytes_per_token):.4f} bits per byte); token frequencies alone: {unigram_entropy_nats:.4f}"
     )
     return 0
 

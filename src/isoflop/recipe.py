@@ -9,17 +9,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as checked_by
 
 from isoflop.errors import UserError
-
-
-class Section(BaseModel):
-    """Frozen, strictly typed, and refusing every key that it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
+from isoflop.recipe_data import Data, Section, Tokenizer, require_one_of
 
 LARGEST_TRIED = 65_536  # when the nearest valid value is looked for
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -101,12 +95,6 @@ class LlamaModel(_Model):
         return self.max_position_embeddings
 
 
-def _require_one_of(section: Section, *keys: str) -> None:
-    given = [key for key in keys if getattr(section, key) is not None]
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of {', '.join(keys)} (given: {', '.join(given) or 'none'})")
-
-
 Model = Annotated[Gpt2Model | LlamaModel, Field(discriminator="model_type")]
 
 
@@ -115,77 +103,6 @@ def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:
         divisors = [d for d in range(1, min(value, LARGEST_TRIED) + 1) if value % d == 0]
         close = sorted(sorted(divisors, key=lambda d: abs(d - of))[:2])
         raise ValueError(f"{name} = {value} is not a multiple of {of_name} = {of}; nearest {of_name} that divide: {close}")
-
-
-class Tokenizer(Section):
-    """Exactly one of `name` (with a revision, where it is the Hub's) and `train_vocab_size`."""
-
-    name: str | None = None
-    """A tokenizer on the Hub, or a local folder."""
-    revision: str | None = None
-    """The Hub's branch, tag or commit; the manifest records the commit it stood for."""
-    train_vocab_size: Annotated[int, Field(ge=257)] | None = None
-    """Train a byte-level BPE of so many entries (256 bytes and an end-of-text among them) on the training split."""
-
-    @checked_by(mode="after")
-    def _one_origin(self) -> Self:
-        _require_one_of(self, "name", "train_vocab_size")
-        if self.revision is not None and self.name is None:
-            raise ValueError("revision is of a tokenizer on the Hub, and this one is trained here; leave it out")
-        return self
-
-
-class TextSource(Section):
-    """Local UTF-8 text files."""
-
-    kind: Literal["text"]
-    files: Annotated[list[str], Field(min_length=1)]
-    """Paths or glob patterns, relative to the working directory."""
-    sample_by: Literal["document", "paragraph", "line"] = "document"
-    """What counts as one document: a whole file, a paragraph, or a line."""
-
-
-class TableSource(Section):
-    """Local JSON-lines or Parquet files."""
-
-    kind: Literal["json", "parquet"]
-    files: Annotated[list[str], Field(min_length=1)]
-    """Paths or glob patterns, relative to the working directory."""
-    text_column: str = "text"
-
-
-class HubSource(Section):
-    """A dataset on the Hub, or a local folder with the layout of one."""
-
-    kind: Literal["hub"]
-    name: str
-    config: str | None = None
-    revision: str | None = None
-    """The Hub's branch, tag or commit; the manifest records the commit it stood for."""
-    text_column: str = "text"
-    streaming: bool = False
-    """Read over the network document by document, instead of downloading the files first."""
-
-
-class PythonStdlibSource(Section):
-    """The sources of the running Python's standard library, test suites left out: text that every machine has."""
-
-    kind: Literal["python_stdlib"]
-
-
-Source = Annotated[TextSource | TableSource | HubSource | PythonStdlibSource, Field(discriminator="kind")]
-
-
-class Data(Section):
-    """Which text, and where its packed windows lie."""
-
-    source: Source
-    prepared_dir: str
-    """Folder that `prepare` writes and `pretrain` reads."""
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.005
-    """Share of documents held out, where the dataset brings no validation split of its own."""
-    split_seed: NonNegativeInt = 0
-    """Chooses the held-out documents; apart from `seed`, so that runs of several seeds share their data."""
 
 
 class Training(Section):
@@ -204,10 +121,12 @@ class Training(Section):
     """Recompute each layer in the backward pass: less memory for about a third more compute."""
     compile: bool = False
     """torch.compile each decoder layer: a slow first step, faster ones after it."""
+    document_masking: bool = False
+    """Attention stays within a document and positions restart at each, in training and validation; targets stay the same."""
 
     @checked_by(mode="after")
     def _whole_windows(self) -> Self:
-        _require_one_of(self, "max_steps", "max_tokens", "tokens_per_parameter")
+        require_one_of(self, "max_steps", "max_tokens", "tokens_per_parameter")
         require_whole_steps(self, num_processes=1)
         return self
 

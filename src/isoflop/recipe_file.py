@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     """One pydantic error as `key = value: rule; remedy`."""
-    tags = {"gpt2", "llama", "text", "json", "parquet", "hub", "python_stdlib"}  # of the discriminated unions
-    location = [str(part) for i, part in enumerate(error["loc"]) if not (i and str(part) in tags)]
-    key = ".".join(location)
+    names = [name for name, _ in _walk(error["loc"]) if name]
+    key = ".".join(names)
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(location[-1], _known_keys(error['loc'][:-1]))}"
+        *_, (_, section) = _walk(error["loc"][:-1])
+        return f"{key}: unknown key{nearest(names[-1], list(section['properties']))}"
     if error["type"] == "missing":
         return f"{key} is missing; add it"
     message = str(error["msg"]).removeprefix("Value error, ")
@@ -100,15 +101,20 @@ def _explain(error: Any) -> str:
     return f"{key} = {error['input']!r}: {message}"
 
 
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    """Keys of the section at a pydantic location, read from the JSON schema."""
+def _walk(location: tuple[str | int, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The steps of a pydantic location, each with the JSON schema found there; the tag of a union has no name in the file."""
     schema = Recipe.model_json_schema()
     node: dict[str, Any] = schema
-    for part in location:
-        node = node["properties"][str(part)] if "properties" in node else {"$ref": node["discriminator"]["mapping"][part]}
-        if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-    return list(node["properties"])
+    yield "", schema
+    for step in location:
+        if "discriminator" in node:
+            name, node = "", {"$ref": node["discriminator"]["mapping"].get(step, "#")}
+        else:
+            below = [node.get("properties", {}).get(step), *node.get("patternProperties", {}).values()]
+            below += [node.get("additionalProperties"), node.get("items")]
+            name, node = str(step), next((schema for schema in below if isinstance(schema, dict)), {})
+        node = next((option for option in node.get("anyOf", []) if "$ref" in option), node)  # the one beside null
+        yield name, (node := schema["$defs"].get(node["$ref"].rsplit("/", 1)[-1], {}) if "$ref" in node else node)
 
 
 def json_schema() -> str:

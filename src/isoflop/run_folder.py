@@ -5,7 +5,6 @@ recipe.yaml  environment.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -23,6 +22,7 @@ import psutil
 import torch
 
 from isoflop.errors import UserError
+from isoflop.locks import lock
 from isoflop.recipe import Recipe, differences
 from isoflop.recipe_file import load_recipe, to_yaml
 
@@ -73,21 +73,8 @@ class RunFolder:
 
     def claim(self) -> None:
         """Lock the folder for this process; the kernel lets go when the process ends, however it ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            raise UserError(
-                f"output.run_dir = {str(self.path)!r} is in use by {self._lock.read().strip() or 'another process'};"
-                " wait for that run, stop it, or set another output.run_dir"
-            ) from None
-        except OSError as error:
-            print(f"{self.path}: no locks on this file system ({error}); a second run here would not be noticed", flush=True)
-        self._lock.truncate(0)
-        self._lock.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
-        self._lock.flush()
+        key = f"output.run_dir = {str(self.path)!r}"
+        self._lock = lock(self.path / "lock", key, "wait for that run, stop it, or set another output.run_dir")
 
     def write_start(self, recipe: Recipe, launch: dict[str, Any]) -> None:
         """The resolved recipe, and the environment of this launch with those of earlier ones behind it."""

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from isoflop.data.manifest import Split
 from isoflop.data.order import share_of_process
 from isoflop.data.windows import Windows
 from isoflop.modeling.loss import IGNORED
@@ -54,9 +53,9 @@ def validation_loss(
     return summed.item() / (len(indices) * (windows.sequence_length - 1))
 
 
-def bits_per_byte(loss_nats: float, split: Split) -> float:
-    """Loss per token to bits per UTF-8 byte, by the split's own tokens per byte: comparable between tokenizers."""
-    return loss_nats / math.log(2) * split.tokens / split.bytes
+def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
+    """Loss per token to bits per UTF-8 byte, by the validation text's own bytes per token: comparable between tokenizers."""
+    return loss_nats / math.log(2) / bytes_per_token
 
 
 def sample_texts(causal_lm: Any, tokenizer: Any, prompts: list[str], new_tokens: int) -> list[str]:

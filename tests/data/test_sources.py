@@ -1,116 +1,113 @@
-import gzip
-import json
-
 import datasets
 import pytest
+from conftest import documents_of, rows_of
 
+from isoflop.data import sources
+from isoflop.data.files import hash_files, local_files
 from isoflop.data.sources import open_source
 from isoflop.errors import UserError
-from isoflop.recipe import Data
+from isoflop.recipe_data import Data
 
 
-def data(fraction=0.5, **source):
-    return Data.model_validate({"source": source, "prepared_dir": "unused", "validation_fraction": fraction})
-
-
-def all_texts(documents, split):
-    return [text for batch in documents.batches(split) for text in batch]
-
-
-ROWS = [f"document {i}\nsecond line é\n" for i in range(50)]
-
-
-@pytest.fixture
-def files(tmp_path):
-    """The same fifty documents in every local form."""
-    for i, text in enumerate(ROWS):
-        (tmp_path / f"doc{i:02}.txt").write_text(text, encoding="utf-8")
-    lines = "".join(json.dumps({"text": text, "score": 1}) + "\n" for text in ROWS)
-    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
-    with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as stream:
-        stream.write(lines)
-    datasets.Dataset.from_dict({"text": ROWS}).to_parquet(tmp_path / "rows.parquet")
-    return tmp_path
+def source(**fields):
+    return Data.model_validate({"source": fields, "prepared_dir": "unused"}).source
 
 
 @pytest.mark.parametrize(
-    ("kind", "pattern"), [("text", "doc*.txt"), ("json", "rows.jsonl"), ("json", "rows.jsonl.gz"), ("parquet", "rows.parquet")]
+    ("kind", "pattern"),
+    [
+        ("text", "doc*.txt"),
+        ("json", "rows.jsonl"),
+        ("json", "rows.jsonl.gz"),
+        ("json", "rows.jsonl.zst"),
+        ("parquet", "rows.parquet"),
+    ],
 )
-def test_every_local_form_gives_the_same_documents_and_split(kind, pattern, files):
-    documents, origin = open_source(data(kind=kind, files=[str(files / pattern)]))
-    train, validation = all_texts(documents, "train"), all_texts(documents, "validation")
-    assert sorted(train + validation) == sorted(ROWS)
-    assert 10 < len(validation) < 40
-    assert validation == [ROWS[i] for i in (int(text.split()[1]) for text in validation)]
-    assert all_texts(documents, "validation") == validation  # as often as asked
-    assert all(len(checksum) == 64 for checksum in origin.files.values())
-    reference, _ = open_source(data(kind="text", files=[str(files / "doc*.txt")]))
-    assert all_texts(reference, "validation") == validation
-
-
-def test_the_split_is_seeded(files):
-    source = {"kind": "json", "files": [str(files / "rows.jsonl")]}
-    one, other = (
-        all_texts(open_source(data(**source).model_copy(update={"split_seed": seed}))[0], "validation") for seed in (0, 1)
-    )
-    assert one != other
+def test_every_local_form_gives_the_same_documents(kind, pattern, fifty_documents):
+    opened = open_source(source(kind=kind, files=[str(fifty_documents / pattern)]), "data.source")
+    assert documents_of(opened) == rows_of(fifty_documents)
+    assert opened.revision is None
+    assert [table.split for table in opened.tables] == [None]
 
 
 @pytest.mark.parametrize("own", ["validation", "val", "test", None])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_with_or_without_its_own_held_out_split(own, streaming, tmp_path):
-    for split, rows in {"train": ROWS[:40], **({own: ROWS[40:]} if own else {})}.items():
-        datasets.Dataset.from_dict({"text": rows}).to_parquet(tmp_path / "set" / f"{split}-00000-of-00001.parquet")
-    documents, origin = open_source(data(0.3, kind="hub", name=str(tmp_path / "set"), streaming=streaming))
-    train, validation = all_texts(documents, "train"), all_texts(documents, "validation")
-    assert sorted(train + validation) == sorted(ROWS if own else ROWS[:40])
-    assert origin.revision is None
-    if own:
-        assert (train, validation) == (ROWS[:40], ROWS[40:])
+def test_a_dataset_with_or_without_its_own_held_out_split(own, streaming, tmp_path, fifty_documents):
+    rows = rows_of(fifty_documents)
+    for split, texts in {"train": rows[:40], **({own: rows[40:]} if own else {})}.items():
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "set" / f"{split}-00000-of-00001.parquet")
+    opened = open_source(source(kind="hub", name=str(tmp_path / "set"), streaming=streaming), "data.source")
+    assert [table.split for table in opened.tables] == (["train", "validation"] if own else [None])
+    assert documents_of(opened) == (rows if own else rows[:40])
 
 
 @pytest.mark.parametrize("only", ["test", "validation"])
-def test_a_dataset_with_a_held_out_split_alone_is_never_its_own_validation(only, tmp_path):
-    datasets.Dataset.from_dict({"text": ROWS, "score": [0] * 50}).to_parquet(tmp_path / "set" / f"{only}-00000-of-00001.parquet")
-    documents, origin = open_source(data(0.3, kind="hub", name=str(tmp_path / "set")))
-    train, validation = all_texts(documents, "train"), all_texts(documents, "validation")
-    assert sorted(train + validation) == sorted(ROWS)
-    assert validation
-    assert [name.rsplit("/", 1)[-1] for name in origin.files] == [f"{only}-00000-of-00001.parquet"]
+def test_a_dataset_with_a_held_out_split_alone_is_never_its_own_validation(only, tmp_path, fifty_documents):
+    rows = datasets.Dataset.from_dict({"text": rows_of(fifty_documents), "score": [0] * 50})
+    rows.to_parquet(tmp_path / "set" / f"{only}-00000-of-00001.parquet")
+    opened = open_source(source(kind="hub", name=str(tmp_path / "set")), "data.source")
+    assert [table.split for table in opened.tables] == [None]
+    assert documents_of(opened) == rows["text"][:]
 
 
-def test_a_file_that_two_patterns_match_is_read_once(files):
-    documents, _ = open_source(data(kind="text", files=[str(files / "doc0*.txt"), str(files / "doc*1.txt")]))
-    texts = all_texts(documents, "train") + all_texts(documents, "validation")
+def test_a_file_that_two_patterns_match_is_read_once(fifty_documents):
+    opened = open_source(
+        source(kind="text", files=[str(fifty_documents / "doc0*.txt"), str(fifty_documents / "doc*1.txt")]), "data.source"
+    )
+    texts = documents_of(opened)
     assert len(texts) == len(set(texts)) == 14
 
 
 def test_the_standard_library_without_its_tests():
-    documents, origin = open_source(data(kind="python_stdlib"))
-    assert "json/decoder.py" in origin.files
-    assert not any(set(name.split("/")) & {"test", "tests", "idle_test", "site-packages"} for name in origin.files)
-    assert len(origin.files) > 400
-    assert any(
-        '"""Implementation of JSONDecoder' in text for text in all_texts(documents, "train") + all_texts(documents, "validation")
-    )
+    files = local_files(source(kind="python_stdlib"), "data.source")
+    hashes = hash_files(files)
+    assert len(hashes) == len(files) > 400
+    assert len(hashes["json/decoder.py"]) == 64
+    assert not any(set(name.split("/")) & {"test", "tests", "idle_test", "site-packages"} for name in hashes)
 
 
-def test_bad_sources(files, monkeypatch):
-    (files / "latin.txt").write_bytes(b"x" * 70 + "é".encode("latin-1") + b"abc")
-    (files / "empty.txt").write_text("")
-    (files / "cut.jsonl").write_text('{"text": "a"}\n{"text": "b')
-    (files / "null.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
-    monkeypatch.chdir(files)
+def test_parts_are_whole_files_in_order(fifty_documents, monkeypatch):
+    monkeypatch.setattr(sources, "PART_BYTES", 200)
+    (table,) = open_source(source(kind="text", files=[str(fifty_documents / "doc*.txt")]), "data.source").tables
+    assert table.num_parts == 7  # 1,330 bytes
+    files = [table.files_of(number) for number in range(7)]
+    assert [len(part) for part in files] == [8, 7, 7, 7, 7, 7, 7]
+    for number, part in enumerate(files):
+        assert [text for batch in table.part(number).iter(99) for text in batch["text"].to_pylist()] == [
+            f.read_text() for f in part
+        ]
+
+
+def test_one_parquet_file_is_cut_by_row_groups(tmp_path, fifty_documents, monkeypatch):
+    monkeypatch.setattr(sources, "PART_BYTES", 1000)
+    rows = datasets.Dataset.from_dict({"text": rows_of(fifty_documents)})
+    rows.to_parquet(tmp_path / "rows.parquet", batch_size=10)
+    opened = open_source(source(kind="parquet", files=[str(tmp_path / "rows.parquet")]), "data.source")
+    assert 1 < opened.tables[0].num_parts <= 5
+    assert opened.tables[0].files_of(0) == (tmp_path / "rows.parquet",)
+    assert documents_of(opened) == rows["text"][:]
+
+
+def test_bad_sources(fifty_documents, monkeypatch):
+    (fifty_documents / "empty.txt").write_text("")
+    monkeypatch.chdir(fifty_documents)
     cases = [
-        ({"kind": "text", "files": ["nothing*.txt"]}, "'nothing\\*.txt' matches no file .*correct the path"),
-        ({"kind": "text", "files": ["latin.txt"]}, "latin.txt is not UTF-8: .* near byte 70; convert it, e.g. iconv"),
+        ({"kind": "text", "files": ["nothing*.txt"]}, r"data.source.files = 'nothing\*.txt' matches no file .*correct the path"),
         ({"kind": "text", "files": ["empty.txt"]}, "is empty: 1 file"),
-        ({"kind": "json", "files": ["rows.jsonl"], "text_column": "txt"}, "'txt' is not in the data; did you mean text?"),
-        ({"kind": "parquet", "files": ["rows.parquet"], "text_column": "body"}, "'body' is not in the data; known here: text"),
-        ({"kind": "json", "files": ["null.jsonl"]}, "row 1 of split 'train' has text = None"),
-        ({"kind": "json", "files": ["cut.jsonl"]}, "split 'train' cannot be read: "),
-        ({"kind": "hub", "name": "no/such-dataset"}, "'no/such-dataset' at revision 'main' cannot be reached"),
+        (
+            {"kind": "json", "files": ["rows.jsonl"], "text_column": "txt"},
+            "text_column = 'txt' is not in the data; did you mean text?",
+        ),
+        (
+            {"kind": "parquet", "files": ["rows.parquet"], "text_column": "body"},
+            "'body' is not in the data; known here: score, text",
+        ),
+        (
+            {"kind": "parquet", "files": ["rows.parquet"], "score_column": "scor", "keep_fraction": 0.5},
+            "score_column = 'scor' is not in the data; did you mean score?",
+        ),
+        ({"kind": "hub", "name": "no/such-dataset"}, "'no/such-dataset' at revision 'main' cannot be reached: "),
     ]
-    for source, message in cases:
+    for fields, message in cases:
         with pytest.raises(UserError, match=message):
-            list(open_source(data(0.01, **source))[0].batches("train"))
+            open_source(source(**fields), "data.source")

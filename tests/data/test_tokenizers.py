@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from isoflop.data.tokenizers import END_OF_TEXT, load_tokenizer, tokenizer_hash, train_tokenizer
 from isoflop.errors import UserError
-from isoflop.recipe import Tokenizer
+from isoflop.recipe_data import Tokenizer
 
 TEXT = ["the quick brown fox jumps over the lazy dog\n" * 20, "a man, a plan, a canal: panama\n" * 20]
 SMALL = train_tokenizer([TEXT], 280)

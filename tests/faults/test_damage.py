@@ -59,11 +59,11 @@ def undisturbed_two(toy_tree, ranks, tmp_path_factory):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_of_the_prepared_data_is_named_and_refused(damage, toy_tree, write_recipe, ranks, tmp_path, tried):
     data = shutil.copytree(toy_tree["data"]["prepared_dir"], tmp_path / "data")
-    DAMAGES[damage](data / "train-00000.arrow")
+    DAMAGES[damage](data / "text-train-00000-000.arrow")
     launched = ranks.start("cpu", write_recipe(), f"data.prepared_dir={data}")
     assert launched.wait() == [2]
     assert "error: prepared data is damaged: " in launched.text()
-    assert "train-00000.arrow" in launched.text()
+    assert "text-train-00000-000.arrow" in launched.text()
     tried(f"a {damage} shard of the prepared data", proof="refused before any work, the shard named")
 
 

@@ -90,11 +90,18 @@ pretrain.train_step = emptying
 def test_a_full_disk_while_preparing(small_disk, write_recipe, tried):
     disk = small_disk(300_000)
     file = write_recipe()
-    done = run_command("python", "scripts/prepare.py", file, f"data.prepared_dir={disk}/data", check=False)
+    command = ("python", "scripts/prepare.py", file, f"data.prepared_dir={disk}/data")
+    done = run_command(*command, check=False)
     assert done.returncode == 2, done.stderr
-    assert re.search(r"error: data\.prepared_dir = .*no space left.* [\d,]+ bytes are free", done.stderr)
-    assert os.listdir(disk) == []
-    tried("a full disk in prepare", proof="nothing half written is taken for data, the message says what is free")
+    assert re.search(
+        r"error: data\.prepared_dir = .*no space left, [\d,]+ bytes are free there; what is finished is kept", done.stderr
+    )
+    assert os.listdir(disk) == ["data.partial"]
+    subprocess.run(["mount", "-o", "remount,size=3000000", disk], check=True)
+    run_command(*command)
+    assert (disk / "data/manifest.json").exists()
+    assert os.listdir(disk) == ["data"]
+    tried("a full disk in prepare", proof="the message says what is free; with more room the same command went on to whole data")
 
 
 def test_metrics_that_find_no_room_end_the_run_with_the_message(write_recipe, ranks):

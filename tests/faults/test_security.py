@@ -96,7 +96,7 @@ def test_metadata_that_points_outside_its_folder_is_refused(tmp_path):
 def test_a_manifest_cannot_name_a_file_outside_its_folder(name, toy_tree, tmp_path, tried):
     folder = shutil.copytree(toy_tree["data"]["prepared_dir"], tmp_path / "data")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["splits"]["train"]["shards"][0]["name"] = name
+    manifest["sources"]["text"]["splits"]["train"]["shards"][0]["name"] = name
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"(?s)is not a manifest: .*shards\.0\.name"):
         read_manifest(str(folder))

@@ -98,7 +98,7 @@ def test_epochs_over_a_dataset_whose_size_is_stated(plan, text):
 def test_epochs_over_prepared_data_are_counted(plan, write_recipe, toy_tree):
     found = plan(write_recipe())["repeated_data"]
     manifest = json.loads((Path(toy_tree["data"]["prepared_dir"]) / "manifest.json").read_text())
-    unique = manifest["splits"]["train"]["windows"] * 32
+    unique = manifest["sources"]["text"]["splits"]["train"]["windows"] * 32
     assert (found["unique_tokens"], found["epochs"]) == (unique, 2560 / unique)
     assert found["unique_tokens_source"].startswith("counted, ")
 

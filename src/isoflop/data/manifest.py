@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tqdm import tqdm
 
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe, flatten
 
 FILE_NAME = "manifest.json"
+SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 
 class _Part(BaseModel):
@@ -30,7 +33,7 @@ class Shard(_Part):
 
 
 class Split(_Part):
-    """One split's counts. `tokens` = windows x sequence_length + dropped_tokens."""
+    """One split of a source. `tokens` = windows x sequence_length + dropped_tokens - repeated_tokens."""
 
     documents: int
     bytes: int
@@ -39,10 +42,39 @@ class Split(_Part):
     """With one end-of-text token a document."""
     windows: int
     dropped_tokens: int
-    """The last partial window."""
-    unigram_entropy_nats: float
-    """Entropy of this split's token frequencies: the loss of the best model that knows frequencies alone."""
+    """The last partial window, where it is dropped."""
+    repeated_tokens: int
+    """What a last window shares with the one before it, where it overlaps."""
+    unigram_entropy_nats: float | None
+    """Entropy of the token frequencies: the loss of the best model that knows frequencies alone. Of validation."""
     shards: list[Shard]
+
+
+class PreparedSource(_Part):
+    """One source of the recipe: where its text came from, and its windows."""
+
+    files: dict[str, str]
+    """SHA-256 of every local file, by path."""
+    revision: str | None
+    """Commit of a dataset on the Hub."""
+    left_out: dict[str, int]
+    """Documents left out, by reason."""
+    splits: dict[SplitName, Split]
+
+
+class Overlap(_Part):
+    """How much of an evaluation set's text stands in the training text, in runs of `ngram_tokens` equal tokens."""
+
+    ngram_tokens: int
+    documents: int
+    """Examples of the set that are long enough to have a run."""
+    documents_found: int
+    """Of which a run was found."""
+    documents_mostly_found: int
+    """Of which 80% of the runs were found (Llama 2 calls these dirty)."""
+    ngrams: int
+    """Different runs in the set."""
+    ngrams_found: int
 
 
 class TokenizerFacts(_Part):
@@ -60,26 +92,48 @@ class TokenizerFacts(_Part):
 class Manifest(_Part):
     """The whole of a prepared folder."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     made_from: dict[str, Any]
     """The recipe's values that decide the windows, by dotted key."""
-    source_files: dict[str, str]
-    """SHA-256 of every local source file."""
-    dataset_revision: str | None
+    engine: str
+    """The library that turned text into ids."""
     dtype: str
     sequence_length: int
     tokenizer: TokenizerFacts
-    splits: dict[str, Split]
+    sources: dict[str, PreparedSource]
+    contamination: dict[str, Overlap]
+    """By evaluation set, where the recipe names some."""
+
+    def split(self, name: SplitName) -> list[Split]:
+        """A split of every source, in their order."""
+        return [source.splits[name] for source in self.sources.values()]
+
+    def shards(self, name: SplitName | None = None) -> list[Shard]:
+        """The shards of a split in the order of its windows, or of both."""
+        return [shard for split in ([name] if name else SPLITS) for part in self.split(split) for shard in part.shards]
+
+    def windows(self, name: SplitName) -> int:
+        """Windows of a split over all sources."""
+        return sum(split.windows for split in self.split(name))
 
     def fingerprint(self) -> str:
         """SHA-256 over the windows and the tokenizer: what a run trained on, wherever the folder lies."""
-        shards = [shard.sha256 for name in sorted(self.splits) for shard in self.splits[name].shards]
+        shards = [shard.sha256 for shard in self.shards()]
         return hashlib.sha256("".join([self.tokenizer.sha256, *shards]).encode()).hexdigest()
+
+
+def validation_facts(manifest: Manifest, shares: dict[str, float]) -> tuple[float, float]:
+    """Bytes per token and unigram entropy (nats) of the validation text, each source by its share of the tokens."""
+    of_shares = [(share, manifest.sources[name].splits["validation"]) for name, share in shares.items()]
+    bytes_per_token = sum(share * split.bytes / split.tokens for share, split in of_shares)
+    return bytes_per_token, sum(share * (split.unigram_entropy_nats or 0.0) for share, split in of_shares)
 
 
 def made_from(recipe: Recipe) -> dict[str, Any]:
     """The recipe's values that decide what `prepare` writes."""
     data = recipe.data.model_dump(mode="json", exclude={"prepared_dir"})
+    for part in data["source"].get("sources", {}).values():
+        del part["weight"]  # decides the order in which windows are seen, not what they hold
     tokenizer = recipe.tokenizer.model_dump(mode="json")
     return flatten({"data": data, "tokenizer": tokenizer, "training": {"sequence_length": recipe.training.sequence_length}})
 
@@ -112,7 +166,12 @@ def verify_shards(prepared_dir: str, manifest: Manifest, full: bool) -> None:
                     return f"{file} does not match its SHA-256 in {FILE_NAME}"
         return None
 
-    with ThreadPoolExecutor() as pool:
-        faults = [f for f in pool.map(fault, [s for split in manifest.splits.values() for s in split.shards]) if f]
+    shards = manifest.shards()
+    with ThreadPoolExecutor() as pool, tqdm(total=len(shards), desc="check", unit="shard", delay=3) as progress:
+        found = []
+        for one in pool.map(fault, shards):
+            found.append(one)
+            progress.update()
+    faults = [one for one in found if one]
     if faults:
         raise UserError(f"prepared data is damaged: {'; '.join(faults)}; copy it again, or delete it and run scripts/prepare.py")

@@ -6,11 +6,15 @@ by arithmetic alone. No loader state exists that could be saved wrongly.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 8  # 4 suffice for pseudorandomness (Luby and Rackoff 1988); domains here can be tiny, so twice as many
 _MASK64 = (1 << 64) - 1
+_BLOCK = 1 << 16  # windows: 134M tokens at 2,048 of them
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -71,16 +75,74 @@ def share_of_process(
     return indices.reshape(-1, num_processes, micro_batch_size)[:, process_index]
 
 
-def windows_of_step(step: int, windows_per_step: int, num_windows: int, seed: int) -> NDArray[np.int64]:
-    """Window indices of optimizer step `step` (0-based), (windows_per_step,).
+class Order(NamedTuple):
+    """The order of all windows of a mixture of sources; of one source where there is one.
 
-    Steps follow one another through epoch after epoch; a step may span the end of one and the start of the next, so
-    every window is visited exactly once an epoch and none is dropped.
+    Every block of 65,536 positions holds each source exactly by its quota, in a keyed order; the windows of a source come in
+    a keyed order of its own, epoch after epoch, so that each is visited exactly once an epoch of its source.
     """
-    positions = np.arange(step * windows_per_step, (step + 1) * windows_per_step, dtype=np.int64)
-    epochs, offsets = np.divmod(positions, num_windows)
+
+    sizes: tuple[int, ...]
+    """Windows of each source; indices count through them one after another."""
+    quotas: tuple[int, ...]
+    """Positions of each source in a block."""
+    seed: int
+
+    @classmethod
+    def of(cls, sizes: list[int], shares: list[float], seed: int) -> Order:
+        """From each source's windows and share of the tokens, which is kept to 1 part in 65,536."""
+        exact = [share * _BLOCK for share in shares]
+        quotas = [max(1, math.floor(quota)) for quota in exact]
+        for index in sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])[: max(0, _BLOCK - sum(quotas))]:
+            quotas[index] += 1
+        quotas[quotas.index(max(quotas))] += _BLOCK - sum(quotas)
+        return cls(tuple(sizes), tuple(quotas), seed)
+
+    def windows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Window indices at positions of the run, same shape."""
+        if len(self.sizes) == 1:
+            return _in_epochs(positions, self.sizes[0], self.seed)
+        source, place = self._deal(positions)
+        indices = np.empty_like(positions)
+        for number, size in enumerate(self.sizes):
+            of_source = source == number
+            first = sum(self.sizes[:number])
+            indices[of_source] = first + _in_epochs(place[of_source], size, derived_seed(self.seed, number))
+        return indices
+
+    def _deal(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source of each position, and the position among those of its source."""
+        blocks, offsets = np.divmod(positions, _BLOCK)
+        slots = np.empty_like(positions)
+        seed = derived_seed(self.seed, len(self.sizes))
+        for block in np.unique(blocks):
+            slots[blocks == block] = permute(offsets[blocks == block], _BLOCK, seed, int(block))
+        ends = np.cumsum(self.quotas)
+        source = np.searchsorted(ends, slots, side="right")
+        return source, blocks * np.array(self.quotas)[source] + slots - (ends - self.quotas)[source]
+
+    def of_step(self, step: int, windows_per_step: int) -> NDArray[np.int64]:
+        """Window indices of optimizer step `step` (0-based), (windows_per_step,).
+
+        Steps follow one another through epoch after epoch; a step may span the end of one and the start of the next, so
+        every window is visited exactly once an epoch and none is dropped.
+        """
+        return self.windows(np.arange(step * windows_per_step, (step + 1) * windows_per_step, dtype=np.int64))
+
+    def counts(self, num_positions: int) -> list[int]:
+        """How many of a run's first positions fall to each source."""
+        if len(self.sizes) == 1:
+            return [num_positions]
+        whole, rest = divmod(num_positions, _BLOCK)
+        last, _ = self._deal(whole * _BLOCK + np.arange(rest, dtype=np.int64))
+        return [whole * quota + int((last == number).sum()) for number, quota in enumerate(self.quotas)]
+
+
+def _in_epochs(positions: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
+    """Windows of one source: epoch after epoch, each in its own keyed order."""
+    epochs, offsets = np.divmod(positions, size)
     indices = np.empty_like(positions)
     for epoch in np.unique(epochs):
         of_epoch = epochs == epoch
-        indices[of_epoch] = permute(offsets[of_epoch], num_windows, seed, int(epoch))
+        indices[of_epoch] = permute(offsets[of_epoch], size, seed, int(epoch))
     return indices

@@ -1,190 +1,142 @@
-"""Documents from where a recipe says they are: local text, JSON lines, Parquet, a Hub dataset, the standard library.
+"""Where a recipe says its text is: local text, JSON lines, Parquet, a dataset on the Hub, the standard library.
 
-Entered by `open_source`. Reading is done by `datasets`, streamed where the files are local, so that nothing is copied.
+Entered by `open_source`. Reading is left to `datasets`, streamed, so that nothing is copied; a source is cut into parts that
+are read, encoded and kept apart, so that many processes work on it and a killed one loses little.
 """
 
 from __future__ import annotations
 
-import codecs
-import glob
-import hashlib
-import sysconfig
-from collections.abc import Iterator
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
-import fsspec
-import numpy as np
-from datasets import IterableDataset, load_dataset
-from tqdm import tqdm
+from datasets import Dataset, IterableDataset, load_dataset
 
-from isoflop.data.hub import hub_commit
-from isoflop.data.order import keyed_uniform
+from isoflop.data.files import find_fault, local_files
+from isoflop.data.hub import hub_commit, why_not
+from isoflop.data.manifest import SplitName
 from isoflop.errors import UserError, nearest
-from isoflop.recipe import Data, HubSource, PythonStdlibSource, TextSource
+from isoflop.recipe_data import HubSource, PythonStdlibSource, Source, TextSource
 
-BATCH_DOCUMENTS = 256  # documents handed to the tokenizer at once: enough for its threads, few enough for long documents
-_VALIDATION_NAMES = ("validation", "val", "valid", "test")  # a dataset's own held-out split, in order of preference
-_BLOCK_BYTES = 1 << 20
+# Bytes of source files that make a part: some seconds of work, so that a kill loses little and many processes share it.
+PART_BYTES = 256 * 2**20
+MAX_PARTS = 4096  # of a table: SlimPajama-627B has 59,166 files, and a shard of windows for each would be 20 MB
+RESHARD_BELOW = 64  # files; a Parquet dataset of fewer is cut by row groups, which takes a look into every file
+_HELD_OUT_NAMES = ("validation", "val", "valid", "test")  # a dataset's own held-out split, in order of preference
 
 
-class Origin(NamedTuple):
-    """What identifies the text, for the manifest."""
+@dataclass(frozen=True)
+class Table:
+    """One split of a dataset, read in `num_parts` parts."""
 
-    files: dict[str, str]
-    """SHA-256 of each local file."""
+    key: str
+    """Where the recipe says so, for errors."""
+    split: SplitName | None
+    """None where documents are held out by their number."""
+    dataset: IterableDataset
+    num_parts: int
+    files: tuple[Path, ...]
+    """Its local files, in order."""
+    source: Source
+    in_files: bool
+    """Whether a part is some of the files."""
+
+    def part(self, number: int) -> IterableDataset:
+        """One part, in batches of Arrow tables with the columns that are needed."""
+        columns = [name for name in (self.text_column, self.score_column) if name]
+        return self.dataset.shard(self.num_parts, number, contiguous=True).select_columns(columns).with_format("arrow")
+
+    def files_of(self, number: int) -> tuple[Path, ...]:
+        """The local files a part is read from; all of the table's where parts are cut otherwise."""
+        if not self.in_files:
+            return self.files
+        each, more = divmod(len(self.files), self.num_parts)  # as `shard(..., contiguous=True)` deals them out
+        start = each * number + min(number, more)
+        return self.files[start : start + each + (number < more)]
+
+    @property
+    def text_column(self) -> str:
+        """Name of the column of text."""
+        return "text" if isinstance(self.source, TextSource | PythonStdlibSource) else self.source.text_column
+
+    @property
+    def score_column(self) -> str | None:
+        """Name of the column of scores, where documents are chosen by one."""
+        return None if isinstance(self.source, TextSource | PythonStdlibSource) else self.source.score_column
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source, ready to be read."""
+
+    tables: list[Table]
     revision: str | None
-    """Commit of a Hub dataset."""
+    """Commit of a dataset on the Hub."""
 
 
-class Documents:
-    """The documents of a source, split into `train` and `validation`, in batches of strings, as often as asked."""
+def open_source(source: Source, key: str, commit: str | None = None) -> Opened:
+    """Open a source; `key` is where the recipe says so, `commit` the one that a dataset on the Hub was read at before.
 
-    def __init__(self, splits: dict[str, Any], column: str, data: Data) -> None:
-        self._splits, self._column, self._data = splits, column, data
-        others = [name for name in splits if name not in _VALIDATION_NAMES]
-        self._train = "train" if "train" in splits else [*others, *splits][0]
-        self._own_validation = next((name for name in _VALIDATION_NAMES if name in splits and name != self._train), None)
-        for name in filter(None, (self._train, self._own_validation)):
-            columns = splits[name].column_names
-            if columns is None:  # a streamed table tells its columns with its first rows
-                continue
-            if column not in columns:
-                raise UserError(f"data.source.text_column = {column!r} is not in the data{nearest(column, columns)}")
-            splits[name] = splits[name].select_columns([column])  # else every other column is decoded as well
-
-    def batches(self, split: str) -> Iterator[list[str]]:
-        """Batches of documents of `train` or `validation`, in the order of the source."""
-        if self._own_validation:
-            yield from self._texts(self._train if split == "train" else self._own_validation)
-            return
-        first = 0
-        for texts in self._texts(self._train):
-            index = np.arange(first, first + len(texts), dtype=np.int64)
-            held_out = keyed_uniform(self._data.split_seed, index) < self._data.validation_fraction
-            kept = [text for text, out in zip(texts, held_out, strict=True) if out == (split == "validation")]
-            first += len(texts)
-            if kept:
-                yield kept
-
-    def _texts(self, name: str) -> Iterator[list[str]]:
-        row = 0
-        for batch in self._read(name):
-            if self._column not in batch:
-                raise UserError(
-                    f"data.source.text_column = {self._column!r} is not in the data{nearest(self._column, list(batch))}"
-                )
-            for offset, text in enumerate(batch[self._column]):
-                if not isinstance(text, str):
-                    raise UserError(
-                        f"data.source: row {row + offset} of split {name!r} has {self._column} = {text!r}; every row needs"
-                        " a string: drop or fill the others first"
-                    )
-            row += len(batch[self._column])
-            yield batch[self._column]
-
-    def _read(self, name: str) -> Iterator[dict[str, list[Any]]]:
-        try:
-            yield from self._splits[name].iter(batch_size=BATCH_DOCUMENTS)
-        except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:  # ArrowInvalid is a ValueError
-            reason = error.__cause__ or error
-            raise UserError(f"data.source: split {name!r} cannot be read: {reason}; mend or leave out the file") from error
-
-
-def open_source(data: Data) -> tuple[Documents, Origin]:
-    """Open a recipe's source. Raises `UserError` for missing, empty or non-UTF-8 files and unreachable datasets."""
-    source = data.source
+    Raises `UserError` for what is missing, empty or out of reach.
+    """
     if isinstance(source, HubSource):
-        return _open_hub(data, source)
-    files = _local_files(data)
-    origin, names = Origin(_hashes(files, data.source.kind), None), [str(file) for file in files]
+        return _open_hub(source, key, commit)
+    files = local_files(source, key)
     if isinstance(source, TextSource | PythonStdlibSource):
         sample_by = source.sample_by if isinstance(source, TextSource) else "document"
-        split: IterableDataset = load_dataset("text", data_files=names, sample_by=sample_by, split="train", streaming=True)
-        return Documents({"train": split}, "text", data), origin
-    split = load_dataset(source.kind, data_files=names, split="train", streaming=True)
-    return Documents({"train": split}, source.text_column, data), origin
+        dataset = _load(key, "text", data_files=[str(file) for file in files], sample_by=sample_by, split="train", streaming=True)
+    else:
+        dataset = _load(key, source.kind, data_files=[str(file) for file in files], split="train", streaming=True)
+    return Opened([_table(key, None, dataset, source, files)], None)
 
 
-def hash_files(data: Data) -> dict[str, str]:
-    """SHA-256 of every local file of a source, by path (of the standard library: relative to it). Text is proved to be UTF-8."""
-    return _hashes(_local_files(data), data.source.kind)
+def _table(key: str, split: SplitName | None, dataset: IterableDataset, source: Source, files: list[Path]) -> Table:
+    """A table cut into parts of about PART_BYTES, whole files or row groups each."""
+    num_files = dataset.num_shards
+    if num_files < RESHARD_BELOW:
+        dataset = dataset.reshard()
+    total = sum(file.stat().st_size for file in files)
+    wanted = math.ceil(total / PART_BYTES) if total else MAX_PARTS
+    in_files = dataset.num_shards == len(files)
+    table = Table(key, split, dataset, max(1, min(wanted, dataset.num_shards, MAX_PARTS)), tuple(files), source, in_files)
+    known = dataset.column_names  # None where only the first rows will tell
+    for name in filter(None, (table.text_column, table.score_column)):
+        if known is not None and name not in known:
+            which = "text_column" if name == table.text_column else "score_column"
+            raise UserError(f"{key}.{which} = {name!r} is not in the data{nearest(name, known)}")
+    return table
 
 
-def _hashes(files: list[Path], kind: str) -> dict[str, str]:
-    root, is_text = _stdlib_root(), kind in ("text", "json", "python_stdlib")
-    return {
-        str(file.relative_to(root) if file.is_relative_to(root) else file): _hash_checked(file, is_text)
-        for file in tqdm(files, desc="hash sources", unit="file", delay=3)
-    }
-
-
-def _local_files(data: Data) -> list[Path]:
-    source = data.source
-    if isinstance(source, PythonStdlibSource):
-        return _stdlib_files()
-    if isinstance(source, HubSource):
-        return sorted(file for file in Path(source.name).rglob("*") if file.is_file())
-    return _expand(source.files)
-
-
-def _open_hub(data: Data, source: HubSource) -> tuple[Documents, Origin]:
+def _open_hub(source: HubSource, key: str, commit: str | None) -> Opened:
     is_local = Path(source.name).is_dir()
-    revision = None if is_local else hub_commit("data.source.name", source.name, source.revision, "dataset")
+    files = local_files(source, key) if is_local else []
+    revision = None if is_local else commit or hub_commit(f"{key}.name", source.name, source.revision, "dataset")
+    streaming = source.streaming or is_local
+    splits = dict(_load(key, source.name, source.config, revision=revision, streaming=streaming))
+    train = "train" if "train" in splits else [*(name for name in splits if name not in _HELD_OUT_NAMES), *splits][0]
+    held_out = next((name for name in _HELD_OUT_NAMES if name in splits and name != train), None)
+    chosen: list[tuple[str, SplitName | None]] = [(train, "train" if held_out else None)]
+    chosen += [(held_out, "validation")] if held_out else []
+    tables = [_table(key, split, _streamed(splits[name]), source, files) for name, split in chosen]
+    return Opened(tables, revision)
+
+
+def _streamed(dataset: Any) -> IterableDataset:
+    """A dataset that was downloaded whole is read in parts too."""
+    if isinstance(dataset, Dataset):
+        return dataset.to_iterable_dataset(num_shards=max(1, min(MAX_PARTS, dataset.data.nbytes // PART_BYTES, len(dataset))))
+    return dataset
+
+
+def _load(key: str, *args: Any, **kwargs: Any) -> Any:
     try:
-        splits = load_dataset(source.name, source.config, revision=revision, streaming=source.streaming)
+        return load_dataset(*args, **kwargs)
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"data.source.name = {source.name!r} (config {source.config!r}) cannot be loaded: {error}") from error
-    return Documents(dict(splits), source.text_column, data), Origin(hash_files(data) if is_local else {}, revision)
-
-
-def _stdlib_root() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
-def _stdlib_files() -> list[Path]:
-    root = _stdlib_root()
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = sorted(f for f in root.rglob("*.py") if not left_out & set(f.relative_to(root).parts))
-    return [f for f in files if f.stat().st_size and _is_utf8(f)]  # a few declare another encoding
-
-
-def _is_utf8(file: Path) -> bool:
-    try:
-        file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _expand(patterns: list[str]) -> list[Path]:
-    files: list[Path] = []
-    for pattern in patterns:
-        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
-        if not found:
-            raise UserError(f"data.source.files = {pattern!r} matches no file (working directory {Path.cwd()}); correct the path")
-        files += found
-    if not any(file.stat().st_size for file in files):
-        raise UserError(f"data.source.files = {patterns} is empty: {len(files)} file(s) of 0 bytes; point it at text")
-    return list(dict.fromkeys(files))  # a file that two patterns match is one file
-
-
-def _hash_checked(file: Path, text: bool) -> str:
-    """SHA-256 of a file; for text, one pass also proves that what is inside (also under gzip or zstd) is UTF-8."""
-    with file.open("rb") as raw:
-        digest = hashlib.file_digest(raw, "sha256").hexdigest()
-    if text:
-        decoder, seen = codecs.getincrementaldecoder("utf-8")(), 0
-        with fsspec.open(str(file), "rb", compression="infer") as stream:
-            try:
-                while block := stream.read(_BLOCK_BYTES):
-                    decoder.decode(block)
-                    seen += len(block)
-                decoder.decode(b"", final=True)
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"data.source: {file} is not UTF-8: {error.reason} near byte {seen + error.start}; convert it, e.g."
-                    f" iconv -f latin1 -t utf-8 {file}"
-                ) from None
-    return digest
+        if "data_files" in kwargs:
+            faults = (find_fault(Path(file), args[0]) for file in kwargs["data_files"])
+            fault = next(filter(None, faults), str(error.__cause__ or error))
+            raise UserError(f"{key}: {fault}; mend or leave out the file") from error
+        reason = why_not(error, str(args[0])) or str(error.__cause__ or error)
+        raise UserError(f"{key}.name = {args[0]!r} (config {args[1]!r}) cannot be loaded: {reason}") from error

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from isoflop.data.hub import hub_commit
 from isoflop.errors import UserError
-from isoflop.recipe import Tokenizer
+from isoflop.recipe_data import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 

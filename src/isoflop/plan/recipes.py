@@ -10,7 +10,8 @@ from isoflop import cost
 from isoflop.data.manifest import FILE_NAME, read_manifest
 from isoflop.errors import UserError
 from isoflop.plan.launches import config_of, is_gpu, known_launches
-from isoflop.recipe import HubSource, Model, Recipe
+from isoflop.recipe import Model, Recipe
+from isoflop.recipe_data import HubSource
 from isoflop.scaling.laws import PUBLISHED, Law, critical_batch_tokens, effective_tokens, load_law
 
 # Tokens of a dataset's training split as its card states them (by another tokenizer: a few percent off), until it is prepared.
@@ -172,7 +173,7 @@ def dataset_tokens(recipe: Recipe) -> tuple[float | None, str]:
     path = Path(recipe.data.prepared_dir) / FILE_NAME
     if path.is_file():
         manifest = read_manifest(recipe.data.prepared_dir)
-        return manifest.splits["train"].windows * manifest.sequence_length, f"counted, {path}"
+        return manifest.windows("train") * manifest.sequence_length, f"counted, {path}"
     source = recipe.data.source
     stated = STATED_TOKENS.get((source.name, source.config)) if isinstance(source, HubSource) else None
     return stated, f"stated on the card of {getattr(source, 'name', 'this data')}"

@@ -19,7 +19,8 @@ from pydantic import model_validator as checked_by
 
 from isoflop import cost
 from isoflop.errors import UserError, nearest
-from isoflop.recipe import Model, Section
+from isoflop.recipe import Model
+from isoflop.recipe_data import Section
 from isoflop.recipe_file import parse_yaml
 
 PUBLISHED = ("hoffmann", "hoffmann-rounded", "besiroglu", "kaplan")

@@ -11,7 +11,7 @@ from isoflop.data.manifest import read_manifest, verify_shards
 from isoflop.data.tokenizers import train_tokenizer
 from isoflop.data.windows import Windows
 from isoflop.errors import UserError
-from isoflop.prepare import prepare
+from isoflop.prepare.command import prepare
 from isoflop.recipe_file import load_recipe
 
 
@@ -23,14 +23,15 @@ def fresh(toy_recipe, toy_tree, tmp_path):
 
 def tokens_of(folder, name):
     manifest = read_manifest(str(folder))
-    windows = Windows(str(folder), manifest.splits[name], manifest.sequence_length)
+    windows = Windows(str(folder), manifest.shards(name), manifest.sequence_length)
     return windows.take(np.arange(len(windows)))
 
 
 def test_the_manifest_tells_the_whole_truth(fresh, corpus):
     manifest = prepare(fresh)
     assert manifest == read_manifest(fresh.data.prepared_dir)
-    splits = manifest.splits
+    (source,) = manifest.sources.values()
+    splits = source.splits
     sizes = {file.name: file.stat().st_size for file in corpus.iterdir()}
     assert splits["train"].documents + splits["validation"].documents == len(sizes) == 40
     assert splits["train"].bytes + splits["validation"].bytes == sum(sizes.values())
@@ -154,8 +155,8 @@ def test_the_text_of_a_special_token_is_plain_text(toy_recipe, tmp_path):
     manifest = prepare(recipe)
     stream = tokens_of(tmp_path / "p", "train").reshape(-1)
     assert (stream == manifest.tokenizer.eos_token_id).sum() in (
-        manifest.splits["train"].documents,
-        manifest.splits["train"].documents - 1,  # the last end of text may lie in the dropped part
+        manifest.split("train")[0].documents,
+        manifest.split("train")[0].documents - 1,  # the last end of text may lie in the dropped part
     )
 
 
@@ -198,16 +199,16 @@ def test_what_came_from_the_hub_stays_at_its_commits_without_a_network(toy_recip
     source = {"kind": "hub", "name": "someone/words", "revision": "v1"}
     changes = {"data__prepared_dir": str(tmp_path / "p"), "data__source": source, "tokenizer": {"name": "someone/bpe"}}
     manifest = prepare(toy_recipe(**changes))
-    assert (manifest.dataset_revision, manifest.tokenizer.revision) == ("c0ffeedataset", "c0ffeemodel")
+    assert (manifest.sources["hub"].revision, manifest.tokenizer.revision) == ("c0ffeedataset", "c0ffeemodel")
     assert sorted(asked) == [("someone/bpe", None, "model"), ("someone/words", "v1", "dataset")]
     monkeypatch.undo()
     assert prepare(toy_recipe(**changes)) == manifest
 
 
 def test_an_interrupted_prepare_leaves_nothing_that_claims_to_be_whole(fresh, monkeypatch):
-    import isoflop.prepare as module
+    from isoflop.prepare import command
 
-    monkeypatch.setattr(module, "_write_split", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(command, "write_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         prepare(fresh)
     assert not Path(fresh.data.prepared_dir).exists()
@@ -231,17 +232,19 @@ def test_too_little_text_for_both_splits_is_said(documents, toy_recipe, tmp_path
 
 def test_damaged_shards_are_named(fresh):
     manifest = prepare(fresh)
-    shard = Path(fresh.data.prepared_dir) / manifest.splits["train"].shards[0].name
+    shard = Path(fresh.data.prepared_dir) / manifest.shards("train")[0].name
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"train-00000.arrow does not match its SHA-256"):
+    with pytest.raises(UserError, match=r"text-train-00000-000.arrow does not match its SHA-256"):
         verify_shards(fresh.data.prepared_dir, manifest, full=True)
     shard.write_bytes(content[:-1])
-    with pytest.raises(UserError, match=rf"train-00000.arrow has {len(content) - 1} bytes, its manifest says {len(content)}"):
+    with pytest.raises(
+        UserError, match=rf"text-train-00000-000.arrow has {len(content) - 1} bytes, its manifest says {len(content)}"
+    ):
         verify_shards(fresh.data.prepared_dir, manifest, full=False)
     shard.unlink()
-    with pytest.raises(UserError, match=r"train-00000.arrow is missing"):
+    with pytest.raises(UserError, match=r"text-train-00000-000.arrow is missing"):
         verify_shards(fresh.data.prepared_dir, manifest, full=False)
 
 

@@ -1,0 +1,104 @@
+"""Packed documents that do not see one another: attention within a document, positions counted from its beginning.
+
+Where documents end is read off the ids, so nothing is stored beside the windows. `document_arguments` makes, once for a batch,
+what a stock model's forward takes; `attend` is the attention function that makes the most of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+
+def document_positions(input_ids: Tensor, document_end: int) -> Tensor:
+    """Place of each id in its document, from 0, (batch, seq). An end belongs to what it ends; a window begins anew."""
+    index = torch.arange(input_ids.shape[1], device=input_ids.device)  # (seq,)
+    follows_end = input_ids.roll(1, dims=1) == document_end  # what comes round to the front is at index 0, a beginning anyway
+    return index - torch.where(follows_end, index, 0).cummax(dim=1).values
+
+
+def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Added to the scores (batch, 1, query, key): 0 from the beginning of a query's document up to itself, elsewhere -inf.
+
+    Not boolean: sdpa would make each layer a copy in `dtype`, and keep all of them for the backward pass.
+    """
+    index = torch.arange(positions.shape[1], device=positions.device)
+    begins = index - positions  # (batch, seq), where each one's document begins
+    seen = (begins.unsqueeze(-1) <= index).tril()  # (batch, query, key)
+    return torch.where(seen, 0.0, -math.inf).to(dtype).unsqueeze(1)
+
+
+def document_bounds(positions: Tensor) -> Tensor:
+    """Where the documents of all windows in a row begin, and the end of the last: (documents + 1,), int32 as kernels want it.
+
+    How many there are decides a shape, so the host waits for the device: once a micro-batch, before any layer.
+    """
+    begins = (positions.flatten() == 0).nonzero().squeeze(1)
+    return F.pad(begins, (0, 1), value=positions.numel()).int()
+
+
+def document_arguments(input_ids: Tensor, document_end: int, attention: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What keeps the documents of (batch, seq) ids apart, as arguments of a stock model's forward without a cache.
+
+    `attention` is the name of the model's implementation, `dtype` that of its weights. For eager the positions suffice:
+    transformers makes its mask of them.
+    """
+    positions = document_positions(input_ids, document_end)
+    arguments: dict[str, Any] = {"position_ids": positions}
+    if attention == "eager":
+        return arguments
+    if not attention.startswith("flash") and not _has_varlen_kernel(input_ids.device):
+        return arguments | {"attention_mask": document_mask(positions, _computed_in(input_ids.device, dtype))}
+    bounds = document_bounds(positions)
+    longest = input_ids.shape[1]  # a bound, and enough for the kernels: the true one would have to be waited for
+    return arguments | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def _has_varlen_kernel(device: torch.device) -> bool:
+    # FlashAttention-2 needs compute capability 8.0; grouped-query attention came to varlen_attn with torch 2.12.
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and torch.__version__ >= "2.12"
+
+
+def _computed_in(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa; where the documents' bounds are given, torch's kernel for sequences of several lengths.
+
+    query (batch, heads, seq, head_dim), key and value (batch, key_value_heads, seq, head_dim); returns (batch, seq, heads,
+    head_dim). What that kernel cannot do (fp32, dropout, head_dim beyond 192, for which not every GPU has a backward) goes
+    through a mask made here, in every layer: a 1 in heads x head_dim part of the attention's own arithmetic.
+    """
+    if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
+        # Unlike sdpa the kernel knows nothing of autocast, under which rotary positions leave query and key in fp32.
+        dtype, head_dim = _computed_in(query.device, query.dtype), query.shape[-1]
+        if dtype in (torch.bfloat16, torch.float16) and not dropout and head_dim % 8 == 0 and head_dim <= 192:
+            return _attend_varlen(query.to(dtype), key.to(dtype), value.to(dtype), bounds, kwargs["max_length_q"], scaling), None
+        attention_mask = document_mask(kwargs["position_ids"], dtype)
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return output, None
+
+
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None) -> Tensor:
+    q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # (batch x seq, heads, head_dim)
+    causal = (-1, 0)  # any number of keys to the left, none to the right
+    output: Tensor = varlen_attn(  # type: ignore[assignment]  # a pair where auxiliary output is asked for
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=causal, enable_gqa=True
+    )
+    return output.reshape(query.shape[0], longest, *output.shape[1:])

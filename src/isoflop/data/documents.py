@@ -1,0 +1,134 @@
+"""The documents of a part, checked and filtered, in batches of Arrow strings; and what is wrong where they cannot be read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from isoflop.data.files import find_fault, name_of
+from isoflop.data.sources import Table
+from isoflop.errors import UserError, nearest
+from isoflop.recipe_data import Filter
+
+ROWS = 128  # read at once: few, since a row may be a book
+BATCH_BYTES = 4 * 2**20  # of text encoded at once: past the cost of a call, and small beside a process
+
+
+class Batch(NamedTuple):
+    """Documents in the order of the part."""
+
+    rows: NDArray[np.int64]
+    """Their row numbers in the part, (documents,)."""
+    texts: pa.LargeStringArray
+    scores: NDArray[np.float64] | None
+    end: int | None
+    """The row after the last one looked at, where reading from there on gives the same batches as going on; None elsewhere."""
+
+
+def read_documents(table: Table, number: int, wanted: Filter, left_out: Counter[str], start: int = 0) -> Iterator[Batch]:
+    """Batches of a part's documents from row `start` on; counts what it leaves out.
+
+    Raises `UserError` for rows that are not text, for text that is not UTF-8, and for files that cannot be read.
+    """
+    gathered: list[Batch] = []
+    size = 0
+    for batch in _checked(table, number, wanted, left_out, start):
+        gathered.append(batch)
+        size += batch.texts.nbytes
+        if size >= BATCH_BYTES:
+            yield from _cut(_joined(gathered))
+            gathered, size = [], 0
+    if gathered:
+        yield from _cut(_joined(gathered))
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    scores = [batch.scores for batch in batches if batch.scores is not None]
+    return Batch(
+        np.concatenate([batch.rows for batch in batches]),
+        pa.concat_arrays([batch.texts for batch in batches]),
+        np.concatenate(scores) if scores else None,
+        batches[-1].end,
+    )
+
+
+def _cut(batch: Batch) -> Iterator[Batch]:
+    """Long documents go one by one, so that memory follows the longest document, not the longest hundred."""
+    pieces = min(len(batch.rows), max(1, batch.texts.nbytes // (2 * BATCH_BYTES))) or 1
+    for piece in np.array_split(np.arange(len(batch.rows)), pieces):
+        first, last = (piece[0], piece[-1] + 1) if len(piece) else (0, 0)
+        scores = None if batch.scores is None else batch.scores[first:last]
+        end = batch.end if last == len(batch.rows) else None
+        yield Batch(batch.rows[first:last], batch.texts.slice(first, last - first), scores, end)
+
+
+def _checked(table: Table, number: int, wanted: Filter, left_out: Counter[str], start: int) -> Iterator[Batch]:
+    row = start
+    for read in _read(table, number, start):
+        texts, valid = _as_text(table, read)
+        scores = None
+        if table.score_column:
+            scores = _column(table, read, table.score_column, "score_column").cast(pa.float64()).fill_null(np.nan).to_numpy()
+            valid &= np.isfinite(scores)
+        if not valid.all():
+            if wanted.invalid_rows == "refuse":
+                _refuse(table, number, row, read, int(np.flatnonzero(~valid)[0]))
+            left_out["invalid"] += int((~valid).sum())
+        long_enough = pc.utf8_length(texts).fill_null(0).to_numpy() >= wanted.min_characters
+        left_out["short"] += int((valid & ~long_enough).sum())
+        kept = valid & long_enough
+        rows = row + np.flatnonzero(kept)
+        row += len(read)
+        yield Batch(rows, texts.filter(pa.array(kept)), None if scores is None else scores[kept], row)
+
+
+def _read(table: Table, number: int, start: int) -> Iterator[pa.Table]:
+    """Tables of a few rows, their strings proved to be UTF-8."""
+    part = table.part(number)
+    try:
+        for read in (part.skip(start) if start else part).iter(batch_size=ROWS):
+            read.validate(full=True)
+            yield read
+    except (ValueError, OSError, EOFError, datasets.exceptions.DatasetGenerationError) as error:  # ArrowInvalid is a ValueError
+        found = next(filter(None, (find_fault(file, table.source.kind) for file in table.files_of(number))), None)
+        reason = found or f"part {number} of {table.num_parts} cannot be read: {error.__cause__ or error}"
+        raise UserError(f"{table.key}: {reason}; mend or leave out the file: what is finished is kept") from error
+
+
+def _column(table: Table, read: pa.Table, name: str, which: str) -> Any:
+    if name not in read.column_names:
+        raise UserError(f"{table.key}.{which} = {name!r} is not in the data{nearest(name, read.column_names)}")
+    column = read[name].combine_chunks()
+    return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+
+
+def _as_text(table: Table, read: pa.Table) -> tuple[pa.LargeStringArray, NDArray[np.bool_]]:
+    """The text column as strings, and which of its rows are."""
+    column = _column(table, read, table.text_column, "text_column")
+    if isinstance(column.type, datasets.Json) or str(column.type).startswith("extension"):
+        values = [json.loads(text) if text is not None else None for text in column.storage.to_pylist()]
+        column = pa.array([value if isinstance(value, str) else None for value in values], pa.large_string())
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column.cast(pa.large_string()), np.asarray(column.is_valid())
+    return pa.nulls(len(column), pa.large_string()), np.zeros(len(column), dtype=bool)
+
+
+def _refuse(table: Table, number: int, first_row: int, read: pa.Table, offset: int) -> None:
+    name = table.text_column
+    if table.score_column and not isinstance(read[table.score_column][offset].as_py(), int | float):
+        name = table.score_column
+    of = f" of part {number}" if table.num_parts > 1 else ""
+    files = ", ".join(name_of(file) for file in table.files_of(number)[:3])
+    raise UserError(
+        f"{table.key}: row {first_row + offset}{of} ({files or 'streamed'}) has {name} = {read[name][offset].as_py()!r}; every"
+        f" row needs {'a string' if name == table.text_column else 'a number'}: mend it, or set data.filter.invalid_rows=skip to"
+        " leave such rows out and count them"
+    )

@@ -1,0 +1,131 @@
+"""Which documents are kept where that takes a look at all of them: duplicates, and the best by a score.
+
+Each part is surveyed on its own into a small file; `decide` then goes through the files of all parts in bounded memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isoflop.data.documents import Batch
+
+DOCUMENTS_AT_ONCE = 4_000_000  # compared at once, some 100 MB
+_ROW = np.dtype([("hash", "<u8"), ("row", "<i8"), ("score", "<f8")])
+
+
+class Survey(NamedTuple):
+    """A part's documents, sorted by the hash of their text: a memory map of (hash, row, score)."""
+
+    documents: NDArray[np.void]
+
+    @classmethod
+    def open(cls, file: Path) -> Survey:
+        """Map a file that `survey` wrote."""
+        return cls(np.load(file, mmap_mode="r", allow_pickle=False))
+
+
+def survey(batches: Iterable[Batch], file: Path) -> None:
+    """Write hash, row and score of a part's documents; 24 bytes each, held until the part ends."""
+    found = [np.empty(0, _ROW)]
+    for batch in batches:
+        rows = np.zeros(len(batch.rows), _ROW)
+        offsets = np.frombuffer(batch.texts.buffers()[1], np.int64)[batch.texts.offset :][: len(rows) + 1]
+        text = memoryview(batch.texts.buffers()[2] or b"")
+        # 64 bits: among 600 million different documents some two are taken for equal with a chance of 1%.
+        digests = [hashlib.blake2b(text[a:b], digest_size=8).digest() for a, b in itertools.pairwise(offsets)]
+        rows["hash"] = np.frombuffer(b"".join(digests), "<u8")
+        rows["row"] = batch.rows
+        rows["score"] = 0.0 if batch.scores is None else batch.scores
+        found.append(rows)
+    documents = np.concatenate(found)
+    aside = file.with_suffix(".partial.npy")
+    np.save(aside, documents[np.argsort(documents["hash"], kind="stable")])
+    aside.replace(file)
+
+
+def duplicates(parts: list[Survey]) -> list[NDArray[np.bool_]]:
+    """Per part and document (in the survey's order): whether an earlier one, in the order of parts and rows, has its text."""
+    total = sum(len(part.documents) for part in parts)
+    ranges = max(1, -(-total // DOCUMENTS_AT_ONCE))
+    marked = [np.zeros(len(part.documents), dtype=bool) for part in parts]
+    for low, high in itertools.pairwise(2**64 * border // ranges for border in range(ranges + 1)):
+        at = [_between(part.documents["hash"], low, high) for part in parts]
+        hashes = np.concatenate([part.documents["hash"][a:b] for part, (a, b) in zip(parts, at, strict=True)])
+        order = np.argsort(hashes, kind="stable")  # the first of equals is the one of the earliest part and row
+        again = np.zeros(len(hashes), dtype=bool)
+        again[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
+        for part_marked, piece, (a, b) in zip(marked, np.split(again, np.cumsum([b - a for a, b in at])[:-1]), at, strict=True):
+            part_marked[a:b] = piece
+    return marked
+
+
+def _between(hashes: NDArray[np.uint64], low: int, high: int) -> tuple[int, int]:
+    last = len(hashes) if high == 2**64 else int(np.searchsorted(hashes, np.uint64(high)))
+    return int(np.searchsorted(hashes, np.uint64(low))), last
+
+
+def score_threshold(parts: list[Survey], dropped: list[NDArray[np.bool_]], keep_fraction: float) -> float:
+    """The score of the last document among the best `keep_fraction` of those that are not dropped; ties with it are kept.
+
+    Counts documents by the leading 16 bits of their score, then by the next 16 of those in the bin that holds the threshold,
+    and so on: four passes over the surveys, 512 kB of memory.
+    """
+    wanted = round(keep_fraction * sum(int((~out).sum()) for out in dropped))
+    prefix, above = 0, 0
+    for shift in (48, 32, 16, 0):
+        counts = np.zeros(1 << 16, dtype=np.int64)
+        for part, out in zip(parts, dropped, strict=True):
+            keys = _ordered(part.documents["score"][~out])
+            here = keys if shift == 48 else keys[(keys >> np.uint64(shift + 16)) == np.uint64(prefix)]
+            counts += np.bincount(((here >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.int64), minlength=1 << 16)
+        from_above = np.cumsum(counts[::-1])[::-1]  # documents in a bin or a higher one
+        chosen = int(np.flatnonzero(above + from_above >= max(wanted, 1))[-1])
+        above += int(from_above[chosen] - counts[chosen])
+        prefix = (prefix << 16) | chosen
+    bits = np.uint64(prefix)
+    sign = np.uint64(1 << 63)
+    return float((bits ^ sign if bits & sign else ~bits).view(np.float64))
+
+
+def _ordered(scores: NDArray[np.float64]) -> NDArray[np.uint64]:
+    """Unsigned integers in the order of the scores: sign bit flipped, and all bits of negative numbers."""
+    bits = np.ascontiguousarray(scores + 0.0).view(np.uint64)  # -0.0 becomes 0.0
+    return np.where(bits >> np.uint64(63), ~bits, bits | np.uint64(1 << 63))
+
+
+class Decided(NamedTuple):
+    """Rows of a part that are left out, each ascending."""
+
+    duplicates: NDArray[np.int64]
+    low_scores: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, file: Path) -> Decided:
+        """Read what `save` wrote."""
+        with np.load(file, allow_pickle=False) as arrays:
+            return cls(arrays["duplicates"], arrays["low_scores"])
+
+    def save(self, file: Path) -> None:
+        """Write to a .npz file, aside and renamed."""
+        aside = file.with_suffix(".partial.npz")
+        np.savez(aside, duplicates=self.duplicates, low_scores=self.low_scores)
+        aside.replace(file)
+
+
+def decide(part: Survey, duplicate: NDArray[np.bool_], threshold: float | None) -> Decided:
+    """What to leave out of a part: its duplicates, and of the others those below the threshold."""
+    low = np.zeros(len(duplicate), dtype=bool) if threshold is None else ~duplicate & (part.documents["score"] < threshold)
+    return Decided(np.sort(part.documents["row"][duplicate]), np.sort(part.documents["row"][low]))
+
+
+def is_in(rows: NDArray[np.int64], ascending: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which rows occur in ascending ones."""
+    ended = np.append(ascending, -1)
+    return ended[np.searchsorted(ascending, rows)] == rows

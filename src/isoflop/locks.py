@@ -1,0 +1,31 @@
+"""A folder belongs to one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from isoflop.errors import UserError
+
+
+def lock(file: Path, key: str, remedy: str) -> IO[str]:
+    """Lock a folder by a file in it for as long as the result is open; the kernel lets go however the process ends.
+
+    Raises `UserError` with the holder's name where another process has it; `key` is what the user called the folder.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    held = file.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.seek(0)
+        raise UserError(f"{key} is in use by {held.read().strip() or 'another process'}; {remedy}") from None
+    except OSError as error:
+        print(f"{file.parent}: no locks on this file system ({error}); a second process here would not be noticed", flush=True)
+    held.truncate(0)
+    held.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
+    held.flush()
+    return held

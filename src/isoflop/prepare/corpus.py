@@ -1,0 +1,169 @@
+"""What is prepared: the sources opened and cut into parts, the tokenizer and the engine, the folder in which parts gather."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from isoflop.data.encoding import Engine
+from isoflop.data.manifest import Shard, SplitName, TokenizerFacts
+from isoflop.data.order import keyed_uniform
+from isoflop.data.sources import Opened, Table
+from isoflop.data.windows import dtype_for
+from isoflop.errors import UserError
+from isoflop.recipe import Recipe
+
+CORPUS_FILE = "corpus.json"
+
+
+class PartName(NamedTuple):
+    """One part of the corpus."""
+
+    source: str
+    index: int
+    """Among the parts of its source."""
+
+    def __str__(self) -> str:
+        return f"{self.source}-{self.index:05d}"
+
+
+class Facts(BaseModel):
+    """What every part is made by; parts with other facts are not joined. Written to `corpus.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    made_from: dict[str, Any]
+    engine: Engine
+    tokenizer: TokenizerFacts
+    revisions: dict[str, str | None]
+    num_parts: dict[str, int]
+    """By source."""
+
+    @property
+    def dtype(self) -> str:
+        """Type of the stored ids."""
+        return dtype_for(self.tokenizer.num_ids)
+
+    def digest(self) -> str:
+        """SHA-256 of the facts."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def parts(self, shard: tuple[int, int] = (0, 1)) -> list[PartName]:
+        """The parts of machine `shard[0]` of `shard[1]`, in the order of the windows."""
+        parts = [PartName(source, index) for source, count in self.num_parts.items() for index in range(count)]
+        return parts[shard[0] :: shard[1]]
+
+
+class PartSplit(BaseModel):
+    """What a part holds of one split."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    shards: list[Shard] = []
+    tail: list[int] = []
+    """Ids behind the last whole window; joined with other parts' tails in the end."""
+
+
+class Record(BaseModel):
+    """How far a part is; written when a shard is whole, so that a killed process goes on behind it."""
+
+    corpus: str
+    """Digest of the facts."""
+    files: dict[str, str]
+    """SHA-256 of the local files it is read from."""
+    rows: int = 0
+    """Rows of the part that are encoded."""
+    done: bool = False
+    left_out: dict[str, int] = {}
+    splits: dict[SplitName, PartSplit] = {"train": PartSplit(), "validation": PartSplit()}
+    ngrams_found: list[int] = []
+    """Runs of the evaluation sets that occur, by their place in the lookup."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything a process needs to write any part."""
+
+    recipe: Recipe
+    opened: dict[str, Opened]
+    folder: Path
+    """Where parts gather until they are joined."""
+    facts: Facts
+    threads: bool
+    """Whether a process may encode with several threads: where there are fewer parts than cores."""
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether all documents have to be looked at before any is encoded."""
+        scored = [table.score_column for one in self.opened.values() for table in one.tables]
+        return self.recipe.data.filter.drop_duplicates or any(scored)
+
+    def record_file(self, part: PartName) -> Path:
+        """Where the part's record lies."""
+        return self.folder / f"{part}.json"
+
+    def read_record(self, part: PartName, files: dict[str, str]) -> Record:
+        """The part's record; a fresh one where there is none, or it was made by other facts or from other files."""
+        fresh = Record(corpus=self.facts.digest(), files=files)
+        try:
+            found = Record.model_validate_json(self.record_file(part).read_bytes())
+        except FileNotFoundError:
+            return fresh
+        return found if (found.corpus, found.files) == (fresh.corpus, files) else fresh
+
+    def survey_file(self, part: PartName, files: dict[str, str]) -> Path:
+        """Where the part's survey lies; the name holds what it was made by."""
+        made_by = hashlib.sha256(f"{self.facts.digest()} {sorted(files.items())}".encode()).hexdigest()
+        return self.folder / f"survey-{part}-{made_by[:16]}.npy"
+
+    def decided_file(self, part: PartName) -> Path:
+        """Where the rows lie that are left out after the survey."""
+        return self.folder / f"decided-{part}.npz"
+
+
+def table_of(opened: dict[str, Opened], part: PartName) -> tuple[Table, int]:
+    """The table a part is read from, and its number there."""
+    number = part.index
+    for table in opened[part.source].tables:
+        if number < table.num_parts:
+            return table, number
+        number -= table.num_parts
+    raise IndexError(part)
+
+
+def in_validation(recipe: Recipe, opened: dict[str, Opened], part: PartName, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether documents are held out: by their table's split, or by a keyed hash of source, part and row."""
+    table, _ = table_of(opened, part)
+    if table.split is not None:
+        return np.full(len(rows), table.split == "validation")
+    place = (list(opened).index(part.source) << 56) + (part.index << 40)
+    return keyed_uniform(recipe.data.split_seed, rows + place) < recipe.data.validation_fraction
+
+
+def num_parts(opened: dict[str, Opened]) -> dict[str, int]:
+    """Parts of each source."""
+    return {name: sum(table.num_parts for table in one.tables) for name, one in opened.items()}
+
+
+def read_facts(folder: Path) -> Facts:
+    """The facts of a folder of parts. Raises `UserError` where there are none."""
+    file = folder / CORPUS_FILE
+    if not file.exists():
+        raise UserError(
+            f"{folder} holds no parts ({CORPUS_FILE} is missing): prepare them first, or copy the machines' folders here"
+        )
+    return Facts.model_validate_json(file.read_bytes())
+
+
+def write_aside(file: Path, text: str) -> None:
+    """Write a file so that it is whole or not there."""
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)

@@ -1,0 +1,210 @@
+"""A stand-in of the Hugging Face Hub on this machine, so that the real client libraries are tested over real HTTP, offline.
+
+It answers what `huggingface_hub`, `datasets` and `transformers` ask of the Hub in order to read a repository: the commit of a
+revision, its tree (in pages), its files (whole or in ranges), and the Hub's own errors for what is missing or gated. A file can
+be made to fail a number of times. The libraries read `HF_ENDPOINT` when they are imported: run them in a process of their own,
+with `Hub.env`.
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+API = re.compile(
+    r"/api/(?P<type>models|datasets)/(?P<name>.+?)(/(?P<verb>tree|revision|paths-info)/(?P<revision>[^/]+)/?(?P<path>.*))?"
+)
+FILE = re.compile(r"/((?P<type>datasets)/)?(?P<name>.+?)/(?P<verb>resolve)/(?P<revision>[^/]+)/(?P<path>.+)")
+GRANTED = "hf_granted"  # the token of an account that has access to the gated repositories
+PAGE = 1000  # entries of a tree that the Hub lists at once
+ALWAYS_READABLE = ("README.md", ".gitattributes")  # also in a gated repository, as are its commits and its tree
+
+
+class File(NamedTuple):
+    path: Path
+    size: int
+    oid: str
+
+
+class Fault(NamedTuple):
+    method: str
+    path: str
+    status: int
+    after: int | None
+
+
+class Repository(NamedTuple):
+    gated: bool
+    branches: dict
+    commits: dict
+
+    def entries(self, commit, folder, recursive):
+        """Files and folders below a folder, by path, as the Hub describes them."""
+        found = {}
+        for path, file in self.commits[commit].items():
+            inner = path.removeprefix(f"{folder}/") if folder else path
+            if folder and inner == path:
+                continue
+            for parent in [str(parent) for parent in Path(inner).parents][-2::-1]:
+                parent = f"{folder}/{parent}".strip("/")
+                found[parent] = {"type": "directory", "oid": _sha1(parent), "size": 0, "path": parent}
+            found[path] = {"type": "file", "oid": file.oid, "size": file.size, "path": path}
+        depth = folder.count("/") + bool(folder)
+        return {path: entry for path, entry in sorted(found.items()) if recursive or path.count("/") == depth}
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves local folders as repositories until it is closed."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repositories = {}
+        self.requests = []  # (method, path without its query) of each, in order
+        self.sent = Counter()  # bytes of answers to GET, by path
+        self.faults = []
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
+
+    def add(self, repo_type, name, folder, gated=False, revision="main"):
+        """Commit a folder to a branch of a "dataset" or "model", which is made if it is not there; returns the commit."""
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): File(path, path.stat().st_size, _sha1(path.read_bytes())) for path in paths}
+        commit = _sha1(repr([(path, file.oid) for path, file in files.items()]))
+        repository = self.repositories.setdefault((f"{repo_type}s", name), Repository(gated, {}, {}))
+        repository.commits[commit] = files
+        repository.branches[revision] = commit
+        return commit
+
+    def break_file(self, path, times=1, status=500, after=None, method="GET"):
+        """Fail the next requests whose path ends so: with a status, or by hanging up after some bytes."""
+        self.faults += [Fault(method, path, status, after)] * times
+
+    def seen(self, method, path):
+        """Note a request; returns the fault that is due."""
+        with self.lock:
+            self.requests.append((method, path))
+            fault = next((fault for fault in self.faults if fault.method == method and path.endswith(fault.path)), None)
+            if fault:
+                self.faults.remove(fault)
+            return fault
+
+    def env(self, home, token=None):
+        """Environment of a process whose Hub is this one, with its caches in a folder."""
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        return inherited | ({"HF_TOKEN": token} if token else {}) | {
+            "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+        }  # fmt: skip
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+    def __exit__(self, *_):
+        self.close()
+
+    def handle_error(self, *_):
+        """Clients hang up in the middle of files that they need no more of."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        fault = self.server.seen(self.command, unquote(url.path))
+        if fault and fault.after is None:
+            return self._error(fault.status, "Internal Error - We're working hard to fix this as soon as possible!")
+        asked = FILE.fullmatch(url.path) or API.fullmatch(url.path)
+        repository = asked and self.server.repositories.get((asked["type"] or "models", unquote(asked["name"])))
+        if not repository:
+            # The Hub's 401 has no code; clients take it for a missing repository over https only.
+            return self._error(401, "Invalid username or password.", "RepoNotFound")
+        revision, path = unquote(asked["revision"] or "main"), unquote(asked["path"] or "")
+        commit = repository.branches.get(revision, revision)
+        if commit not in repository.commits:
+            return self._error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        if asked["verb"] == "resolve":
+            return self._file(repository, asked["name"], commit, path, fault and fault.after)
+        query = parse_qs(f"{url.query}&{body}")
+        if asked["verb"] == "tree":
+            return self._tree(repository, commit, path, query)
+        if asked["verb"] == "paths-info":
+            entries = repository.entries(commit, "", True)
+            return self._json([entries[path] for path in query["paths"] if path in entries])
+        files = [{"rfilename": path} for path in repository.commits[commit]]
+        gated = "manual" if repository.gated else False
+        return self._json({"id": asked["name"], "sha": commit, "private": False, "gated": gated, "siblings": files})
+
+    do_HEAD = do_POST = do_GET
+
+    def _tree(self, repository, commit, folder, query):
+        recursive = query.get("recursive", ["false"])[0]
+        entries = list(repository.entries(commit, folder, recursive == "true").values())
+        if folder and not entries:
+            return self._error(404, f"{folder} does not exist", "EntryNotFound")
+        end = int(query.get("cursor", ["0"])[0]) + PAGE
+        more = f"<{self.server.url}{self.path.partition('?')[0]}?recursive={recursive}&cursor={end}>"
+        return self._json(entries[end - PAGE : end], {"Link": f'{more}; rel="next"'} if end < len(entries) else {})
+
+    def _file(self, repository, name, commit, path, after):
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if repository.gated and token != GRANTED and path not in ALWAYS_READABLE:
+            return self._error(403 if token else 401, f"Access to {name} is restricted.", "GatedRepo")
+        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if not (file := repository.commits[commit].get(path)):
+            return self._error(404, "Entry not found", "EntryNotFound", headers)
+        start, end, status = 0, file.size, 200
+        if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end, status = int(span[1]), min(int(span[2] or end) + 1, end), 206
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
+            if start >= end:
+                return self._error(416, "Range not satisfiable", None, {"Content-Range": f"bytes */{file.size}"})
+        with file.path.open("rb") as stream:
+            stream.seek(start)
+            return self._send(status, stream.read(end - start), headers | {"ETag": f'"{file.oid}"'}, after)
+
+    def _error(self, status, message, code=None, headers=()):
+        headers = {**dict(headers), "X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+        self._json({"error": message}, headers, status)
+
+    def _json(self, content, headers=(), status=200):
+        self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json", **dict(headers)})
+
+    def _send(self, status, body, headers, after=None):
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(body[:after])
+        self.close_connection = self.close_connection or after is not None
+        with self.server.lock:
+            self.server.sent[unquote(urlsplit(self.path).path)] += len(body[:after])
+
+    def log_message(self, *_):
+        pass
+
+
+def _sha1(content):
+    return hashlib.sha1(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+@pytest.fixture
+def hub():
+    with Hub() as standin:
+        yield standin
