@@ -10,22 +10,22 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-API = re.compile(
-    r"/api/(?P<type>models|datasets)/(?P<name>.+?)(/(?P<verb>tree|revision|paths-info)/(?P<revision>[^/]+)/?(?P<path>.*))?"
-)
-FILE = re.compile(r"/((?P<type>datasets)/)?(?P<name>.+?)/(?P<verb>resolve)/(?P<revision>[^/]+)/(?P<path>.+)")
+VERBS = "(?P<verb>tree|revision|paths-info)/(?P<revision>[^/]+)/?(?P<path>.*)"
+API = re.compile(f"/api/(?P<type>models|datasets)/(?P<name>.+?)(/{VERBS})?")
+FILE = re.compile("(/(?P<type>datasets))?/(?P<name>.+?)/(?P<verb>resolve)/(?P<revision>[^/]+)/(?P<path>.+)")
 GRANTED = "hf_granted"  # the token of an account that has access to the gated repositories
+READABLE = ("README.md", ".gitattributes")  # in a gated repository too, as are its commits and its tree
 PAGE = 1000  # entries of a tree that the Hub lists at once
-ALWAYS_READABLE = ("README.md", ".gitattributes")  # also in a gated repository, as are its commits and its tree
 
 
 class File(NamedTuple):
@@ -34,31 +34,21 @@ class File(NamedTuple):
     oid: str
 
 
-class Fault(NamedTuple):
-    method: str
-    path: str
-    status: int
-    after: int | None
-
-
 class Repository(NamedTuple):
     gated: bool
     branches: dict
     commits: dict
 
-    def entries(self, commit, folder, recursive):
-        """Files and folders below a folder, by path, as the Hub describes them."""
-        found = {}
-        for path, file in self.commits[commit].items():
-            inner = path.removeprefix(f"{folder}/") if folder else path
-            if folder and inner == path:
-                continue
-            for parent in [str(parent) for parent in Path(inner).parents][-2::-1]:
-                parent = f"{folder}/{parent}".strip("/")
-                found[parent] = {"type": "directory", "oid": _sha1(parent), "size": 0, "path": parent}
-            found[path] = {"type": "file", "oid": file.oid, "size": file.size, "path": path}
-        depth = folder.count("/") + bool(folder)
-        return {path: entry for path, entry in sorted(found.items()) if recursive or path.count("/") == depth}
+    def entries(self, commit, folder="", recursive=True):
+        """Files and folders below a folder, as the Hub describes them."""
+        files = self.commits[commit]
+        paths = {entry for path in map(PurePosixPath, files) for entry in (path, *path.parents)}
+        inside = sorted(str(path) for path in paths if PurePosixPath(folder) in path.parents[: None if recursive else 1])
+        folders = {path: {"type": "directory", "oid": _sha1(path), "size": 0, "path": path} for path in inside}
+        return [
+            {"type": "file", "oid": files[path].oid, "size": files[path].size, "path": path} if path in files else folders[path]
+            for path in inside
+        ]
 
 
 class Hub(ThreadingHTTPServer):
@@ -69,7 +59,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories = {}
         self.requests = []  # (method, path without its query) of each, in order
-        self.sent = Counter()  # bytes of answers to GET, by path
+        self.sent = Counter()  # bytes of bodies, by path
         self.faults = []
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
@@ -86,16 +76,16 @@ class Hub(ThreadingHTTPServer):
 
     def break_file(self, path, times=1, status=500, after=None, method="GET"):
         """Fail the next requests whose path ends so: with a status, or by hanging up after some bytes."""
-        self.faults += [Fault(method, path, status, after)] * times
+        self.faults += [(method, path, status, after)] * times
 
-    def seen(self, method, path):
-        """Note a request; returns the fault that is due."""
+    def note(self, method, path):
+        """Note a request; returns the (method, path, status, after) of the fault that is due."""
         with self.lock:
             self.requests.append((method, path))
-            fault = next((fault for fault in self.faults if fault.method == method and path.endswith(fault.path)), None)
-            if fault:
-                self.faults.remove(fault)
-            return fault
+            due = next((fault for fault in self.faults if fault[0] == method and path.endswith(fault[1])), None)
+            if due:
+                self.faults.remove(due)
+            return due
 
     def env(self, home, token=None):
         """Environment of a process whose Hub is this one, with its caches in a folder."""
@@ -113,8 +103,9 @@ class Hub(ThreadingHTTPServer):
     def __exit__(self, *_):
         self.close()
 
-    def handle_error(self, *_):
-        """Clients hang up in the middle of files that they need no more of."""
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):  # clients hang up when they have seen enough
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -124,65 +115,64 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         url = urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        fault = self.server.seen(self.command, unquote(url.path))
-        if fault and fault.after is None:
-            return self._error(fault.status, "Internal Error - We're working hard to fix this as soon as possible!")
+        form = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        fault = self.server.note(self.command, unquote(url.path))
+        if fault and fault[3] is None:
+            return self._error(fault[2], "Internal Error - We're working hard to fix this as soon as possible!")
         asked = FILE.fullmatch(url.path) or API.fullmatch(url.path)
         repository = asked and self.server.repositories.get((asked["type"] or "models", unquote(asked["name"])))
         if not repository:
-            # The Hub's 401 has no code; clients take it for a missing repository over https only.
+            # The Hub's own 401 has no code, but clients take such a one for a missing repository over https only.
             return self._error(401, "Invalid username or password.", "RepoNotFound")
         revision, path = unquote(asked["revision"] or "main"), unquote(asked["path"] or "")
         commit = repository.branches.get(revision, revision)
         if commit not in repository.commits:
             return self._error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         if asked["verb"] == "resolve":
-            return self._file(repository, asked["name"], commit, path, fault and fault.after)
-        query = parse_qs(f"{url.query}&{body}")
+            return self._file(repository, asked["name"], commit, path, fault and fault[3])
+        query = parse_qs(f"{url.query}&{form}")
         if asked["verb"] == "tree":
             return self._tree(repository, commit, path, query)
         if asked["verb"] == "paths-info":
-            entries = repository.entries(commit, "", True)
-            return self._json([entries[path] for path in query["paths"] if path in entries])
-        files = [{"rfilename": path} for path in repository.commits[commit]]
+            return self._json([entry for entry in repository.entries(commit) if entry["path"] in query["paths"]])
+        siblings = [{"rfilename": path} for path in repository.commits[commit]]
         gated = "manual" if repository.gated else False
-        return self._json({"id": asked["name"], "sha": commit, "private": False, "gated": gated, "siblings": files})
+        return self._json({"id": asked["name"], "sha": commit, "private": False, "gated": gated, "siblings": siblings})
 
     do_HEAD = do_POST = do_GET
 
     def _tree(self, repository, commit, folder, query):
         recursive = query.get("recursive", ["false"])[0]
-        entries = list(repository.entries(commit, folder, recursive == "true").values())
+        entries = repository.entries(commit, folder, recursive == "true")
         if folder and not entries:
             return self._error(404, f"{folder} does not exist", "EntryNotFound")
         end = int(query.get("cursor", ["0"])[0]) + PAGE
         more = f"<{self.server.url}{self.path.partition('?')[0]}?recursive={recursive}&cursor={end}>"
-        return self._json(entries[end - PAGE : end], {"Link": f'{more}; rel="next"'} if end < len(entries) else {})
+        return self._json(entries[end - PAGE : end], headers={"Link": f'{more}; rel="next"'} if end < len(entries) else {})
 
     def _file(self, repository, name, commit, path, after):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if repository.gated and token != GRANTED and path not in ALWAYS_READABLE:
+        if repository.gated and token != GRANTED and path not in READABLE:
             return self._error(403 if token else 401, f"Access to {name} is restricted.", "GatedRepo")
-        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not (file := repository.commits[commit].get(path)):
-            return self._error(404, "Entry not found", "EntryNotFound", headers)
-        start, end, status = 0, file.size, 200
+            return self._error(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit})
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
+        start, end = 0, file.size
         if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, end, status = int(span[1]), min(int(span[2] or end) + 1, end), 206
-            headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
+            start, end = int(span[1]), min(int(span[2] or end) + 1, end)
             if start >= end:
-                return self._error(416, "Range not satisfiable", None, {"Content-Range": f"bytes */{file.size}"})
+                return self._error(416, "Range not satisfiable", headers={"Content-Range": f"bytes */{file.size}"})
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
         with file.path.open("rb") as stream:
             stream.seek(start)
-            return self._send(status, stream.read(end - start), headers | {"ETag": f'"{file.oid}"'}, after)
+            return self._send(206 if span else 200, stream.read(end - start), headers, after)
 
-    def _error(self, status, message, code=None, headers=()):
-        headers = {**dict(headers), "X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
-        self._json({"error": message}, headers, status)
+    def _error(self, status, message, code=None, headers=None):
+        headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
+        self._json({"error": message}, status, headers)
 
-    def _json(self, content, headers=(), status=200):
-        self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json", **dict(headers)})
+    def _json(self, content, status=200, headers=None):
+        self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def _send(self, status, body, headers, after=None):
         self.send_response(status)
