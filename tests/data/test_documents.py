@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isoflop.data import documents as module
+from isoflop.data import json_lines
 from isoflop.data.documents import read_documents
 from isoflop.data.files import find_fault
 from isoflop.data.sources import open_source
@@ -54,6 +55,7 @@ def test_every_document_comes_once_in_order_from_any_row_on(texts, start, batch_
 
 def test_going_on_from_a_batchs_end_gives_the_batches_that_follow(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BATCH_BYTES", 3000)
+    monkeypatch.setattr(json_lines, "BLOCK_BYTES", 2000)
     one = write_lines(tmp_path / "rows.jsonl", [{"text": "x" * (i % 97)} for i in range(3000)])
 
     def batches(start):

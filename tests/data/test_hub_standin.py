@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-pytest_plugins = "hub"  # its fixture
+hub = standin.hub  # the fixture
 
 CARD = """---
 configs:

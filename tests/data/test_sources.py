@@ -73,9 +73,7 @@ def test_parts_are_whole_files_in_order(fifty_documents, monkeypatch):
     files = [table.files_of(number) for number in range(7)]
     assert [len(part) for part in files] == [8, 7, 7, 7, 7, 7, 7]
     for number, part in enumerate(files):
-        assert [text for batch in table.part(number).iter(99) for text in batch["text"].to_pylist()] == [
-            f.read_text() for f in part
-        ]
+        assert [text for read in table.tables(number, 0) for text in read["text"].to_pylist()] == [f.read_text() for f in part]
 
 
 def test_one_parquet_file_is_cut_by_row_groups(tmp_path, fifty_documents, monkeypatch):

@@ -169,42 +169,6 @@ def test_an_empty_folder_is_filled_and_another_is_not_touched(fresh):
         prepare(fresh)
 
 
-def test_what_came_from_the_hub_stays_at_its_commits_without_a_network(toy_recipe, tmp_path, monkeypatch, corpus):
-    """The real loading code; only the two calls that need the Hub itself are answered here."""
-    import datasets
-    import huggingface_hub
-
-    from isoflop.data import sources, tokenizers
-
-    train_tokenizer([["some text, and some more text"] * 9], 270).save_pretrained(tmp_path / "tokenizer")
-    rows = datasets.Dataset.from_dict({"text": [file.read_text() for file in corpus.iterdir()]})
-    asked, load_auto = [], tokenizers.AutoTokenizer.from_pretrained
-
-    class Hub:
-        def repo_info(self, name, revision, repo_type):
-            asked.append((name, revision, repo_type))
-            return type("Info", (), {"sha": "c0ffee" + repo_type})
-
-    def load_dataset(name, config, revision, streaming):
-        assert (name, config, revision, streaming) == ("someone/words", None, "c0ffeedataset", False)
-        return datasets.DatasetDict(train=rows)
-
-    def load_tokenizer(name, revision):
-        assert (name, revision) == ("someone/bpe", "c0ffeemodel")
-        return load_auto(tmp_path / "tokenizer")
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(sources, "load_dataset", load_dataset)
-    monkeypatch.setattr(tokenizers.AutoTokenizer, "from_pretrained", load_tokenizer)
-    source = {"kind": "hub", "name": "someone/words", "revision": "v1"}
-    changes = {"data__prepared_dir": str(tmp_path / "p"), "data__source": source, "tokenizer": {"name": "someone/bpe"}}
-    manifest = prepare(toy_recipe(**changes))
-    assert (manifest.sources["hub"].revision, manifest.tokenizer.revision) == ("c0ffeedataset", "c0ffeemodel")
-    assert sorted(asked) == [("someone/bpe", None, "model"), ("someone/words", "v1", "dataset")]
-    monkeypatch.undo()
-    assert prepare(toy_recipe(**changes)) == manifest
-
-
 def test_an_interrupted_prepare_leaves_nothing_that_claims_to_be_whole(fresh, monkeypatch):
     from isoflop.prepare import command
 

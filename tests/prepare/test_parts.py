@@ -26,6 +26,7 @@ from isoflop.recipe_file import load_recipe
 
 SMALL = {
     "isoflop.data.sources.PART_BYTES": 30_000,
+    "isoflop.data.json_lines.BLOCK_BYTES": 2_000,
     "isoflop.data.documents.BATCH_BYTES": 2_000,
     "isoflop.prepare.part.SHARD_BYTES": 6_000,
 }
@@ -35,7 +36,8 @@ SITE = """
 import sys, time
 if not {"resource_tracker"} & set(" ".join(sys.orig_argv).split(".")):
     import isoflop.data.sources as sources, isoflop.data.documents as documents, isoflop.prepare.part as part
-    sources.PART_BYTES, documents.BATCH_BYTES, part.SHARD_BYTES = 30_000, 2_000, 6_000
+    import isoflop.data.json_lines as json_lines
+    sources.PART_BYTES, documents.BATCH_BYTES, part.SHARD_BYTES, json_lines.BLOCK_BYTES = 30_000, 2_000, 6_000, 2_000
     encode = part.Encoder.__call__
     def slowly(self, texts):
         time.sleep(0.02)
@@ -103,7 +105,7 @@ def test_no_token_is_lost_between_parts_and_shards(rows_recipe, small, monkeypat
     for split in source.splits.values():
         assert split.windows == (split.tokens - split.dropped_tokens) // 32
         assert split.dropped_tokens < 32
-    for count in ("documents", "bytes", "tokens"):
+    for count in ("documents", "bytes"):  # the tokenizers are trained on other splits
         assert sum(getattr(split, count) for split in source.splits.values()) == sum(
             getattr(split, count) for split in whole.splits.values()
         )
@@ -195,12 +197,13 @@ def test_finished_parts_survive_a_broken_file(rows_recipe, small, tmp_path, toy_
     bad.write_text(whole_file[:-40])
     with pytest.raises(UserError, match=r"07.jsonl: line \d+ is not JSON.*what is finished is kept"):
         prepare(broken, workers=1)
-    records = {f.name: f.stat().st_mtime_ns for f in partial_folder(broken).glob("json-*.json")}
-    assert len(records) >= 3
+    records = [json.loads(file.read_text()) for file in partial_folder(broken).glob("json-*.json")]
+    done = sum(record["done"] for record in records)
+    assert done >= 3
     bad.write_text(whole_file)
     capsys.readouterr()
     manifest = prepare(broken, workers=1)
-    assert f"{len(records)} of {num_parts(manifest)} parts are there already" in capsys.readouterr().out
+    assert f"{done} of {num_parts(manifest)} parts are there already" in capsys.readouterr().out
 
 
 def num_parts(manifest):

@@ -1,7 +1,7 @@
 """gzip and zstd by Arrow's decompressors, for everything that opens files through fsspec, as `datasets` does.
 
-Python's own gzip is several times slower, and fsspec's zstd (the zstandard package) reads the first frame of a file and ends a
-file that was cut short without a word. Arrow reads every frame, and says when one is cut.
+Python's own gzip is several times slower, and fsspec's zstd (by the zstandard package) ends a file that was cut short without a
+word. Arrow says when one is cut.
 """
 
 from __future__ import annotations

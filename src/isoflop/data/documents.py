@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +16,6 @@ from isoflop.data.sources import Table
 from isoflop.errors import UserError, nearest
 from isoflop.recipe_data import Filter
 
-ROWS = 128  # read at once: few, since a row may be a book
 BATCH_BYTES = 4 * 2**20  # of text encoded at once: past the cost of a call, and small beside a process
 
 
@@ -75,8 +72,8 @@ def _checked(table: Table, number: int, wanted: Filter, left_out: Counter[str], 
     for read in _read(table, number, start):
         texts, valid = _as_text(table, read)
         scores = None
-        if table.score_column:
-            scores = _column(table, read, table.score_column, "score_column").cast(pa.float64()).fill_null(np.nan).to_numpy()
+        if "score_column" in table.columns:
+            scores = _column(table, read, "score_column").cast(pa.float64()).fill_null(np.nan).to_numpy()
             valid &= np.isfinite(scores)
         if not valid.all():
             if wanted.invalid_rows == "refuse":
@@ -92,18 +89,18 @@ def _checked(table: Table, number: int, wanted: Filter, left_out: Counter[str], 
 
 def _read(table: Table, number: int, start: int) -> Iterator[pa.Table]:
     """Tables of a few rows, their strings proved to be UTF-8."""
-    part = table.part(number)
     try:
-        for read in (part.skip(start) if start else part).iter(batch_size=ROWS):
+        for read in table.tables(number, start):
             read.validate(full=True)
             yield read
-    except (ValueError, OSError, EOFError, datasets.exceptions.DatasetGenerationError) as error:  # ArrowInvalid is a ValueError
+    except Exception as error:  # Arrow's, the decompressors', the Hub client's and its transport's
         found = next(filter(None, (find_fault(file, table.source.kind) for file in table.files_of(number))), None)
         reason = found or f"part {number} of {table.num_parts} cannot be read: {error.__cause__ or error}"
         raise UserError(f"{table.key}: {reason}; mend or leave out the file: what is finished is kept") from error
 
 
-def _column(table: Table, read: pa.Table, name: str, which: str) -> Any:
+def _column(table: Table, read: pa.Table, which: str) -> Any:
+    name = table.columns[which]
     if name not in read.column_names:
         raise UserError(f"{table.key}.{which} = {name!r} is not in the data{nearest(name, read.column_names)}")
     column = read[name].combine_chunks()
@@ -112,23 +109,20 @@ def _column(table: Table, read: pa.Table, name: str, which: str) -> Any:
 
 def _as_text(table: Table, read: pa.Table) -> tuple[pa.LargeStringArray, NDArray[np.bool_]]:
     """The text column as strings, and which of its rows are."""
-    column = _column(table, read, table.text_column, "text_column")
-    if isinstance(column.type, datasets.Json) or str(column.type).startswith("extension"):
-        values = [json.loads(text) if text is not None else None for text in column.storage.to_pylist()]
-        column = pa.array([value if isinstance(value, str) else None for value in values], pa.large_string())
+    column = _column(table, read, "text_column")
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return column.cast(pa.large_string()), np.asarray(column.is_valid())
     return pa.nulls(len(column), pa.large_string()), np.zeros(len(column), dtype=bool)
 
 
 def _refuse(table: Table, number: int, first_row: int, read: pa.Table, offset: int) -> None:
-    name = table.text_column
-    if table.score_column and not isinstance(read[table.score_column][offset].as_py(), int | float):
-        name = table.score_column
+    bad = [which for which, name in table.columns.items() if not isinstance(read[name][offset].as_py(), str | int | float)]
+    which = bad[0] if bad else "text_column"
+    name = table.columns[which]
     of = f" of part {number}" if table.num_parts > 1 else ""
     files = ", ".join(name_of(file) for file in table.files_of(number)[:3])
     raise UserError(
         f"{table.key}: row {first_row + offset}{of} ({files or 'streamed'}) has {name} = {read[name][offset].as_py()!r}; every"
-        f" row needs {'a string' if name == table.text_column else 'a number'}: mend it, or set data.filter.invalid_rows=skip to"
+        f" row needs {'a string' if which == 'text_column' else 'a number'}: mend it, or set data.filter.invalid_rows=skip to"
         " leave such rows out and count them"
     )

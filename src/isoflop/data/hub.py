@@ -20,15 +20,17 @@ def hub_commit(key: str, name: str, revision: str | None, repo_type: Literal["da
         raise UserError(f"{key} = {name!r} at revision {revision or 'main'!r} cannot be reached: {reason}") from error
 
 
-def why_not(error: BaseException, name: str, repo_type: Literal["dataset", "model"] = "dataset") -> str | None:
-    """Reason and remedy, where the Hub's own answer is behind an error."""
+def why_not(
+    error: BaseException, name: str, repo_type: Literal["dataset", "model"] = "dataset", gated: bool = False
+) -> str | None:
+    """Reason and remedy, where the Hub's own answer is behind an error; `gated` where the caller knows it is."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{name}"
-    causes: list[BaseException | None] = [error, error.__cause__, error.__context__]
-    for cause in causes:
-        if isinstance(cause, GatedRepoError):
+    cause: BaseException | None = error
+    while cause is not None:
+        if gated or isinstance(cause, GatedRepoError):
             return (
                 f"it is gated: accept its terms on {page} with your account, then make that account known here with"
                 " hf auth login (or HF_TOKEN)"
@@ -37,4 +39,5 @@ def why_not(error: BaseException, name: str, repo_type: Literal["dataset", "mode
             return f"there is no such branch, tag or commit; {page}/tree/main lists them"
         if isinstance(cause, RepositoryNotFoundError):
             return f"{page} is not there, or private: check the name; for a private one, hf auth login"
+        cause = cause.__cause__ or cause.__context__
     return None

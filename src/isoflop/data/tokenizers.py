@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from isoflop.data.hub import hub_commit
+from isoflop.data.hub import hub_commit, why_not
 from isoflop.errors import UserError
 from isoflop.recipe_data import Tokenizer
 
@@ -48,7 +48,8 @@ def load_tokenizer(wanted: Tokenizer) -> tuple[Any, str | None]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=commit or "main")
     except Exception as error:  # the Hub client's, the parser's and transformers' own: one remedy for all
-        raise UserError(f"tokenizer.name = {name!r} cannot be loaded: {error}; it needs a tokenizer.json") from error
+        reason = why_not(error, name, "model") or f"{error}; it needs a tokenizer.json"
+        raise UserError(f"tokenizer.name = {name!r} cannot be loaded: {reason}") from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer.name = {name!r} has no fast form (tokenizer.json); convert it or choose one that has")
     if tokenizer.eos_token_id is None:

@@ -10,6 +10,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from isoflop.data.encoding import EngineDiffers
 from isoflop.data.files import hash_files, local_files, name_of
 from isoflop.data.manifest import FILE_NAME, Manifest, made_from, read_manifest, verify_shards
@@ -121,9 +123,8 @@ def _sizes(corpus: Corpus, parts: dict[PartName, dict[str, str]]) -> dict[PartNa
     """Bytes of the files of each part; where they are not here, what a part is meant to have."""
     sizes = {}
     for part in parts:
-        table, number = table_of(corpus.opened, part)
-        files = sum(file.stat().st_size for file in table.files_of(number))
-        sizes[part] = (files if table.in_files else files // table.num_parts) or PART_BYTES
+        table, _ = table_of(corpus.opened, part)
+        sizes[part] = sum(file.stat().st_size for file in table.files) // table.num_parts or PART_BYTES
     return sizes
 
 
@@ -141,7 +142,10 @@ def _surveyed(corpus: Corpus, files: dict[PartName, dict[str, str]], workers: in
         )
         return False
     surveys = {part: Survey.open(there[-1]) for part, there in found.items()}
-    again = dict(zip(parts, duplicates(list(surveys.values())), strict=True))
+    if corpus.recipe.data.filter.drop_duplicates:
+        again = dict(zip(parts, duplicates(list(surveys.values())), strict=True))
+    else:
+        again = {part: np.zeros(len(survey.documents), dtype=bool) for part, survey in surveys.items()}
     for source, spec in corpus.recipe.data.sources().items():
         mine = [part for part in parts if part.source == source]
         fraction = getattr(spec, "keep_fraction", None)

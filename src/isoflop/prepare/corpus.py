@@ -102,7 +102,7 @@ class Corpus:
     @property
     def needs_survey(self) -> bool:
         """Whether all documents have to be looked at before any is encoded."""
-        scored = [table.score_column for one in self.opened.values() for table in one.tables]
+        scored = ["score_column" in table.columns for one in self.opened.values() for table in one.tables]
         return self.recipe.data.filter.drop_duplicates or any(scored)
 
     def record_file(self, part: PartName) -> Path:

@@ -26,7 +26,7 @@ from isoflop.recipe_data import Filter
 # A tokenizer is trained on so much text at most: its counts of words grow with the text (some 1 GB of memory here), while its
 # merges settle on far less.
 TRAIN_BYTES = 256 * 2**20
-COMPARED_BYTES = 512 * 2**10  # of each source's first documents, by both engines before the corpus: about half a second
+COMPARED_BYTES = 256 * 2**10  # of each source's first documents, by both engines before the corpus: about a quarter second
 COMPARED_CHARACTERS = 1 << 16  # of one document
 ENGINE_FILE = "engine.json"
 
