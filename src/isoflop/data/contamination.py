@@ -56,7 +56,8 @@ class Lookup(NamedTuple):
         likely = np.unique(hashes[self.possible[hashes >> np.uint64(64 - _FILTER_BITS)]])
         places = np.searchsorted(self.hashes, likely)
         inside = places < len(self.hashes)
-        return places[inside][self.hashes[places[inside]] == likely[inside]]
+        found: NDArray[np.int64] = places[inside][self.hashes[places[inside]] == likely[inside]]
+        return found
 
 
 def save_sets(file: Path, length: int, sets: dict[str, list[NDArray[np.uint32]]]) -> None:

@@ -128,4 +128,5 @@ def decide(part: Survey, duplicate: NDArray[np.bool_], threshold: float | None) 
 def is_in(rows: NDArray[np.int64], ascending: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which rows occur in ascending ones."""
     ended = np.append(ascending, -1)
-    return ended[np.searchsorted(ascending, rows)] == rows
+    found: NDArray[np.bool_] = ended[np.searchsorted(ascending, rows)] == rows
+    return found

@@ -26,11 +26,11 @@ class PartName(NamedTuple):
     """One part of the corpus."""
 
     source: str
-    index: int
+    number: int
     """Among the parts of its source."""
 
     def __str__(self) -> str:
-        return f"{self.source}-{self.index:05d}"
+        return f"{self.source}-{self.number:05d}"
 
 
 class Facts(BaseModel):
@@ -130,7 +130,7 @@ class Corpus:
 
 def table_of(opened: dict[str, Opened], part: PartName) -> tuple[Table, int]:
     """The table a part is read from, and its number there."""
-    number = part.index
+    number = part.number
     for table in opened[part.source].tables:
         if number < table.num_parts:
             return table, number
@@ -143,7 +143,7 @@ def in_validation(recipe: Recipe, opened: dict[str, Opened], part: PartName, row
     table, _ = table_of(opened, part)
     if table.split is not None:
         return np.full(len(rows), table.split == "validation")
-    place = (list(opened).index(part.source) << 56) + (part.index << 40)
+    place = (list(opened).index(part.source) << 56) + (part.number << 40)
     return keyed_uniform(recipe.data.split_seed, rows + place) < recipe.data.validation_fraction
 
 

@@ -103,7 +103,8 @@ def _join_split(recipe: Recipe, facts: Facts, folder: Path, name: str, split: Sp
 
 def _last_window(folder: Path, shards: list[Shard], length: int) -> NDArray[np.int64]:
     windows = Windows(folder, shards[-1:], length)
-    return windows.take(np.array([len(windows) - 1]))[0]
+    last: NDArray[np.int64] = windows.take(np.array([len(windows) - 1]))[0]
+    return last
 
 
 def _unigram_entropy(folder: Path, shards: list[Shard], facts: Facts, length: int) -> float:

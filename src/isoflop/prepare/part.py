@@ -55,7 +55,7 @@ class _Split:
     """A split of a part while it is written."""
 
     def __init__(self, corpus: Corpus, part: PartName, name: SplitName, so_far: PartSplit) -> None:
-        stem, facts = f"{part.source}-{name}-{part.index:05d}", corpus.facts
+        stem, facts = f"{part.source}-{name}-{part.number:05d}", corpus.facts
         for left in corpus.folder.glob(f".{stem}-*"):  # by a process that was killed
             left.unlink()
         self.writer = ShardWriter(corpus.folder, stem, corpus.recipe.training.sequence_length, facts.dtype)
@@ -96,7 +96,8 @@ def write_part(corpus: Corpus, tools: Tools, part: PartName, files: dict[str, st
 
     for batch in _documents(corpus, part, left_out, record.rows):
         held_out = in_validation(corpus.recipe, corpus.opened, part, batch.rows)
-        for name, chosen in (("train", ~held_out), ("validation", held_out)):
+        for name in SPLITS:
+            chosen = held_out if name == "validation" else ~held_out
             if not chosen.any():
                 continue
             texts = batch.texts.filter(pa.array(chosen))
