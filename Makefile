@@ -46,11 +46,12 @@ constraints: setup
 	(sed -n 1p constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//') > constraints.new
 	mv constraints.new constraints.txt
 
-# Pages and figures that are computed; docs/memory.md and docs/reliability.md take some ten minutes each.
+# Pages and figures that are computed; all but docs/reproductions.md take some ten minutes each.
 pages: setup
 	$(BIN)/python docs/reproductions.py
 	$(BIN)/python docs/memory.py
 	$(BIN)/python docs/reliability.py
+	$(BIN)/python docs/data.py
 
 figures:
 	cp runs/quickstart/loss.png docs/quickstart.png

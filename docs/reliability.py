@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TESTS = ["tests/faults", "tests/checkpoint"]
+TESTS = ["tests/faults", "tests/checkpoint", "tests/prepare/test_parts.py"]
 HEAD = """# Reliability
 
 Made by `python docs/reliability.py`, which really does each of these faults, to real processes and real files, and counts.

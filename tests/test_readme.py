@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from isoflop.recipe_file import load_recipe
@@ -69,7 +70,7 @@ def test_the_quickstart_and_every_command_after_it(copy):
     short = (copy / "recipes/quickstart.yaml").read_text().replace("max_steps: 500", "max_steps: 6")
     short = short.replace("validate_every: 100\n  max_windows: 128", "validate_every: 3\n  max_windows: 16")
     (copy / "recipes/quickstart.yaml").write_text(short.replace("train_vocab_size: 4096", "train_vocab_size: 1000"))
-    _, plan, budget, everyday = blocks("sh")
+    _, plan, budget, everyday, looking, machines = blocks("sh")
     output = shell(plan, copy)
     for said in ("parameters N: 1,294,159,104", "budget: 1.36e+21 FLOPs", "MFU", "405,853,388,800", "d_model 768, 24 heads"):
         assert said in output, said
@@ -84,6 +85,25 @@ def test_the_quickstart_and_every_command_after_it(copy):
     for folder, processes in (("short", 1), ("two_processes", 2), ("sharded", 2)):
         assert json.loads((copy / f"runs/{folder}/summary.json").read_text())["steps"] == 20
         assert json.loads((copy / f"runs/{folder}/environment.json").read_text())["launch"]["num_processes"] == processes
+
+    output = shell(looking, copy)
+    assert output.count("━━━ window ") == 2
+    assert "every byte as manifest.json says" in output
+    shell(machines, copy)
+    manifests = [json.loads((copy / f"data/{name}/manifest.json").read_text()) for name in ("quickstart", "shared")]
+    assert manifests[0] == manifests[1]
+
+
+def test_the_example_of_a_mixture_is_a_recipe():
+    from isoflop.recipe import Recipe
+
+    tree = load_recipe(ROOT / "recipes/modern_124m.yaml").model_dump(mode="json")
+    example = yaml.safe_load(blocks("yaml")[0])
+    tree["data"] |= example["data"]
+    tree["training"] |= example["training"]
+    recipe = Recipe.model_validate(tree)
+    assert recipe.data.shares() == {"web": 0.8, "edu": 0.2}
+    assert recipe.training.document_masking
 
 
 def test_commands_that_need_the_hub_name_files_that_are_there():

@@ -32,6 +32,8 @@ def run_command(command: Callable[[], int]) -> None:
         if refused := os.environ.get("ISOFLOP_REFUSED"):
             Path(refused).write_text(f"{error}\n", encoding="utf-8")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # what it left, and what goes on from there, the command has said
 
 
 def is_disk_full(error: BaseException) -> bool:

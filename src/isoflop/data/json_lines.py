@@ -18,6 +18,7 @@ import pyarrow.json
 from isoflop.errors import UserError, nearest
 
 BLOCK_BYTES = 4 * 2**20
+_PIECE_BYTES = 2**20
 _LOOKED_AT = 100  # lines in which a column has to turn up
 _BOM = b"\xef\xbb\xbf"
 
@@ -75,10 +76,11 @@ def _blocks(piece: Piece) -> Iterator[bytes]:
 
 def _parse(block: bytes, schema: pa.Schema) -> pa.Table:
     options = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    reading = pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1)
+    # Arrow parses pieces of a block on several threads; it fails where a line is longer than a piece, which few are.
+    reading = pyarrow.json.ReadOptions(block_size=max(_PIECE_BYTES, len(block) // 4))
     try:
         return pyarrow.json.read_json(pa.BufferReader(block), reading, options)
-    except pa.ArrowInvalid:
+    except pa.ArrowInvalid:  # a line that is too long, or one that is odd
         rows = [json.loads(line) for line in block.split(b"\n") if line.strip()]
         return pa.table({field.name: [_as(row, field) for row in rows] for field in schema}, schema)
 

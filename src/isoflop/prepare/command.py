@@ -46,6 +46,9 @@ def prepare(recipe: Recipe, workers: int | None = None, shard: tuple[int, int] |
             if shard is not None:
                 return None
             manifest = join(recipe, read_facts(aside), aside)
+        except KeyboardInterrupt:
+            print(f"prepare: interrupted; what is finished is kept in {aside}, the same command goes on", flush=True)
+            raise
         except Exception as error:
             if not is_disk_full(error):
                 raise

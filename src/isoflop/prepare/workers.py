@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from isoflop.data import compression
@@ -105,6 +106,7 @@ def _start(corpus: Corpus, work: Work, queue: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     compression.register()
+    pa.set_cpu_count(1)  # as many processes as cores
 
     def report(done: Done) -> None:
         if stop.is_set():
