@@ -76,7 +76,6 @@ def rows_of(folder):
 
 def documents_of(opened):
     """All texts of an opened source, in order."""
-    from collections import Counter
 
     from isoflop.data.documents import read_documents
     from isoflop.recipe_data import Filter
@@ -85,7 +84,7 @@ def documents_of(opened):
         text
         for table in opened.tables
         for number in range(table.num_parts)
-        for batch in read_documents(table, number, Filter(), Counter())
+        for batch in read_documents(table, number, Filter())
         for text in batch.texts.to_pylist()
     ]
 

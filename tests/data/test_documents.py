@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from isoflop.data import documents as module
 from isoflop.data import json_lines
-from isoflop.data.documents import read_documents
+from isoflop.data.documents import ahead, read_documents
 from isoflop.data.files import find_fault
 from isoflop.data.sources import open_source
 from isoflop.errors import UserError
@@ -30,8 +30,8 @@ EVERYTHING = Filter()
 
 
 def read(one, wanted=EVERYTHING, start=0):
-    left_out = Counter()
-    batches = list(read_documents(one, 0, wanted, left_out, start))
+    batches = list(read_documents(one, 0, wanted, start))
+    left_out = sum((batch.left_out for batch in batches), Counter())
     rows = [row for batch in batches for row in batch.rows.tolist()]
     return rows, [text for batch in batches for text in batch.texts.to_pylist()], {k: v for k, v in left_out.items() if v}
 
@@ -59,7 +59,7 @@ def test_going_on_from_a_batchs_end_gives_the_batches_that_follow(tmp_path, monk
     one = write_lines(tmp_path / "rows.jsonl", [{"text": "x" * (i % 97)} for i in range(3000)])
 
     def batches(start):
-        return [(b.rows.tolist(), b.end) for b in read_documents(one, 0, Filter(), Counter(), start)]
+        return [(b.rows.tolist(), b.end) for b in read_documents(one, 0, Filter(), start)]
 
     whole = batches(0)
     ends = [end for _, end in whole if end is not None]
@@ -73,7 +73,7 @@ def test_going_on_from_a_batchs_end_gives_the_batches_that_follow(tmp_path, monk
 def test_long_documents_are_handed_on_by_themselves(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BATCH_BYTES", 1000)
     one = write_lines(tmp_path / "rows.jsonl", [{"text": "x" * 5000}] * 20)
-    assert [len(batch.rows) for batch in read_documents(one, 0, Filter(), Counter())] == [1] * 20
+    assert [len(batch.rows) for batch in read_documents(one, 0, Filter())] == [1] * 20
 
 
 BAD_ROWS = {"null": None, "a number": 5, "a truth": True, "a list": ["a"], "an object": {"a": "b"}}
@@ -101,7 +101,7 @@ def test_scores_are_numbers(tmp_path):
     one = table(kind="json", files=[str(tmp_path / "rows.jsonl")], score_column="score", keep_fraction=0.5)
     with pytest.raises(UserError, match=r"row 1 .* has score = None; every row needs a number"):
         read(one)
-    batch = next(read_documents(one, 0, Filter(invalid_rows="skip"), Counter()))
+    batch = next(read_documents(one, 0, Filter(invalid_rows="skip")))
     assert np.array_equal(batch.scores, [1.0, 0.5])
 
 
@@ -146,3 +146,17 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path):
             read(table(kind=kind, files=[str(tmp_path / name)]))
     assert find_fault(tmp_path / "whole.jsonl.zst", "json") is None
     assert find_fault(parquet, "parquet") is None
+
+
+def test_made_ahead_things_come_in_order_and_errors_where_they_belong():
+    assert list(ahead(iter(range(50)))) == list(range(50))
+    assert list(ahead(iter([]))) == []
+
+    def fails():
+        yield 1
+        raise UserError("second")
+
+    things = ahead(fails())
+    assert next(things) == 1
+    with pytest.raises(UserError, match="second"):
+        next(things)

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,6 +22,7 @@ def surveyed(folder, texts_and_scores, name="part"):
             pa.array([text for text, _ in pairs], pa.large_string()),
             np.array([score for _, score in pairs], dtype=np.float64),
             first + len(pairs),
+            Counter(),
         )
         for first, pairs in ((0, texts_and_scores[:half]), (half, texts_and_scores[half:]))
     ]

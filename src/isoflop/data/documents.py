@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from isoflop.data.sources import Table
 from isoflop.errors import UserError, nearest
 from isoflop.recipe_data import Filter
 
+T = TypeVar("T")
 BATCH_BYTES = 4 * 2**20  # of text encoded at once: past the cost of a call, and small beside a process
 
 
@@ -28,16 +30,28 @@ class Batch(NamedTuple):
     scores: NDArray[np.float64] | None
     end: int | None
     """The row after the last one looked at, where reading from there on gives the same batches as going on; None elsewhere."""
+    left_out: Counter[str]
+    """What was left out since the batch before, by reason."""
 
 
-def read_documents(table: Table, number: int, wanted: Filter, left_out: Counter[str], start: int = 0) -> Iterator[Batch]:
-    """Batches of a part's documents from row `start` on; counts what it leaves out.
+def ahead(items: Iterator[T], count: int = 2) -> Iterator[T]:
+    """The same items, made by a thread of their own up to `count` of them ahead."""
+    end: Any = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque(pool.submit(next, items, end) for _ in range(count))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(pool.submit(next, items, end))
+            yield item
+
+
+def read_documents(table: Table, number: int, wanted: Filter, start: int = 0) -> Iterator[Batch]:
+    """Batches of a part's documents from row `start` on, with counts of what is left out.
 
     Raises `UserError` for rows that are not text, for text that is not UTF-8, and for files that cannot be read.
     """
     gathered: list[Batch] = []
     size = 0
-    for batch in _checked(table, number, wanted, left_out, start):
+    for batch in _checked(table, number, wanted, start):
         gathered.append(batch)
         size += batch.texts.nbytes
         if size >= BATCH_BYTES:
@@ -54,6 +68,7 @@ def _joined(batches: list[Batch]) -> Batch:
         pa.concat_arrays([batch.texts for batch in batches]),
         np.concatenate(scores) if scores else None,
         batches[-1].end,
+        sum((batch.left_out for batch in batches), Counter()),
     )
 
 
@@ -63,11 +78,11 @@ def _cut(batch: Batch) -> Iterator[Batch]:
     for piece in np.array_split(np.arange(len(batch.rows)), pieces):
         first, last = (piece[0], piece[-1] + 1) if len(piece) else (0, 0)
         scores = None if batch.scores is None else batch.scores[first:last]
-        end = batch.end if last == len(batch.rows) else None
-        yield Batch(batch.rows[first:last], batch.texts.slice(first, last - first), scores, end)
+        end, left_out = (batch.end, batch.left_out) if last == len(batch.rows) else (None, Counter[str]())
+        yield Batch(batch.rows[first:last], batch.texts.slice(first, last - first), scores, end, left_out)
 
 
-def _checked(table: Table, number: int, wanted: Filter, left_out: Counter[str], start: int) -> Iterator[Batch]:
+def _checked(table: Table, number: int, wanted: Filter, start: int) -> Iterator[Batch]:
     row = start
     for read in _read(table, number, start):
         texts, valid = _as_text(table, read)
@@ -75,16 +90,15 @@ def _checked(table: Table, number: int, wanted: Filter, left_out: Counter[str], 
         if "score_column" in table.columns:
             scores = _column(table, read, "score_column").cast(pa.float64()).fill_null(np.nan).to_numpy()
             valid &= np.isfinite(scores)
-        if not valid.all():
-            if wanted.invalid_rows == "refuse":
-                _refuse(table, number, row, read, int(np.flatnonzero(~valid)[0]))
-            left_out["invalid"] += int((~valid).sum())
-        long_enough = pc.utf8_length(texts).fill_null(0).to_numpy() >= wanted.min_characters
-        left_out["short"] += int((valid & ~long_enough).sum())
-        kept = valid & long_enough
+        if wanted.invalid_rows == "refuse" and not valid.all():
+            _refuse(table, number, row, read, int(np.flatnonzero(~valid)[0]))
+        kept = valid
+        if wanted.min_characters:
+            kept = valid & (pc.utf8_length(texts).fill_null(0).to_numpy() >= wanted.min_characters)
+        left_out = Counter({"invalid": int((~valid).sum()), "short": int((valid & ~kept).sum())})
         rows = row + np.flatnonzero(kept)
         row += len(read)
-        yield Batch(rows, texts.filter(pa.array(kept)), None if scores is None else scores[kept], row)
+        yield Batch(rows, texts.filter(pa.array(kept)), None if scores is None else scores[kept], row, left_out)
 
 
 def _read(table: Table, number: int, start: int) -> Iterator[pa.Table]:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer as FastTokenizer
 
 from isoflop.data.contamination import Lookup
-from isoflop.data.documents import Batch, read_documents
+from isoflop.data.documents import Batch, ahead, read_documents
 from isoflop.data.encoding import Encoder
 from isoflop.data.manifest import SPLITS, SplitName
 from isoflop.data.survey import Decided, is_in, survey
@@ -94,7 +94,8 @@ def write_part(corpus: Corpus, tools: Tools, part: PartName, files: dict[str, st
         )
         write_aside(corpus.record_file(part), now.model_dump_json())
 
-    for batch in _documents(corpus, part, left_out, record.rows):
+    for batch in ahead(_documents(corpus, part, record.rows)):
+        left_out += batch.left_out
         held_out = in_validation(corpus.recipe, corpus.opened, part, batch.rows)
         for name in SPLITS:
             chosen = held_out if name == "validation" else ~held_out
@@ -112,19 +113,19 @@ def write_part(corpus: Corpus, tools: Tools, part: PartName, files: dict[str, st
     report(Done(part, 0, 0, finished=True))
 
 
-def _documents(corpus: Corpus, part: PartName, left_out: Counter[str], start: int) -> Iterator[Batch]:
+def _documents(corpus: Corpus, part: PartName, start: int) -> Iterator[Batch]:
     """A part's documents from a row on, without those that the survey decided against."""
     table, number = table_of(corpus.opened, part)
-    batches = read_documents(table, number, corpus.recipe.data.filter, left_out, start)
+    batches = read_documents(table, number, corpus.recipe.data.filter, start)
     if not corpus.needs_survey:
         yield from batches
         return
     decided = Decided.open(corpus.decided_file(part))
     for batch in batches:
         duplicate, low = is_in(batch.rows, decided.duplicates), is_in(batch.rows, decided.low_scores)
-        left_out.update({"duplicate": int(duplicate.sum()), "low score": int(low.sum())})
+        left_out = batch.left_out + Counter({"duplicate": int(duplicate.sum()), "low score": int(low.sum())})
         kept = ~(duplicate | low)
-        yield batch._replace(rows=batch.rows[kept], texts=batch.texts.filter(pa.array(kept)))
+        yield batch._replace(rows=batch.rows[kept], texts=batch.texts.filter(pa.array(kept)), left_out=left_out)
 
 
 def survey_part(corpus: Corpus, _: Tools, part: PartName, files: dict[str, str], report: Report) -> None:
@@ -133,7 +134,7 @@ def survey_part(corpus: Corpus, _: Tools, part: PartName, files: dict[str, str],
 
     def told() -> Iterator[Batch]:
         table, number = table_of(corpus.opened, part)
-        for batch in read_documents(table, number, corpus.recipe.data.filter, Counter()):
+        for batch in read_documents(table, number, corpus.recipe.data.filter):
             report(Done(part, batch.texts.nbytes, 0, finished=False))
             yield batch
 

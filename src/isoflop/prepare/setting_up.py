@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,7 @@ def _first_texts(recipe: Recipe, opened: dict[str, Opened], source: str, limit_b
     seen = 0
     for part in (PartName(source, index) for index in range(num_parts(opened)[source])):
         table, number = table_of(opened, part)
-        for batch in read_documents(table, number, recipe.data.filter, Counter()):
+        for batch in read_documents(table, number, recipe.data.filter):
             texts = batch.texts.filter(pa.array(~in_validation(recipe, opened, part, batch.rows)))
             seen += texts.nbytes
             yield texts
@@ -160,7 +159,7 @@ def _save_evaluation_sets(corpus: Corpus) -> None:
         examples = []
         for table in open_source(source, f"data.contamination.sets.{name}").tables:
             for number in range(table.num_parts):
-                for batch in read_documents(table, number, Filter(), Counter()):
+                for batch in read_documents(table, number, Filter()):
                     examples += encoder.plain(batch.texts)
         sets[name] = examples
         print(f"prepare: looking for {len(examples):,} examples of {name} in the training text", flush=True)
