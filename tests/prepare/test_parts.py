@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -247,6 +248,20 @@ def test_machines_that_look_for_duplicates_wait_for_one_another(rows_recipe, sma
     prepare(shared, workers=1, shard=(1, 2))
     prepare(shared, workers=1, shard=(0, 2))
     assert merge(shared) == whole
+
+
+def test_a_part_is_made_anew_where_another_one_changes_what_is_a_duplicate(rows_recipe, small, tmp_path, toy_tree, capsys):
+    _, file = rows_recipe("dedup", data__filter={"drop_duplicates": True})
+    recipe = load_recipe(file, [f"tokenizer.name={toy_tree['data']['prepared_dir']}/tokenizer"])
+    prepare(recipe, workers=1, shard=(0, 1))
+    prepare(recipe, workers=1, shard=(0, 1))
+    parts = re.search(r"(\d+) of \1 parts are there already", capsys.readouterr().out)[1]  # and with nothing changed all stay
+    first, last = sorted((tmp_path / "rows").iterdir())[:: len(os.listdir(tmp_path / "rows")) - 1]
+    first.write_text(last.read_text())
+    manifest = prepare(recipe, workers=1)
+    there = re.search(rf"(\d+) of {parts} parts are there already", capsys.readouterr().out)[1]
+    assert 0 < int(there) <= int(parts) - 2  # the changed one, those with its new duplicates, and those that are originals now
+    assert manifest.sources["json"].left_out["duplicate"] >= len(last.read_text().splitlines()) - 5
 
 
 def test_documents_are_kept_by_score_and_once(rows_recipe, small):

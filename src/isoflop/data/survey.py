@@ -112,6 +112,10 @@ class Decided(NamedTuple):
         with np.load(file, allow_pickle=False) as arrays:
             return cls(arrays["duplicates"], arrays["low_scores"])
 
+    def digest(self) -> str:
+        """SHA-256 of the rows; a .npz file holds the time of its writing too."""
+        return hashlib.sha256(self.duplicates.tobytes() + b"/" + self.low_scores.tobytes()).hexdigest()
+
     def save(self, file: Path) -> None:
         """Write to a .npz file, aside and renamed."""
         aside = file.with_suffix(".partial.npz")

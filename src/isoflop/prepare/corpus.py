@@ -15,6 +15,7 @@ from isoflop.data.encoding import Engine
 from isoflop.data.manifest import Shard, SplitName, TokenizerFacts
 from isoflop.data.order import keyed_uniform
 from isoflop.data.sources import Opened, Table
+from isoflop.data.survey import Decided
 from isoflop.data.windows import dtype_for
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe
@@ -78,6 +79,8 @@ class Record(BaseModel):
     """Digest of the facts."""
     files: dict[str, str]
     """SHA-256 of the local files it is read from."""
+    decided: str | None
+    """SHA-256 of what the survey of all parts decided about this one."""
     rows: int = 0
     """Rows of the part that are encoded."""
     done: bool = False
@@ -110,13 +113,15 @@ class Corpus:
         return self.folder / f"{part}.json"
 
     def read_record(self, part: PartName, files: dict[str, str]) -> Record:
-        """The part's record; a fresh one where there is none, or it was made by other facts or from other files."""
-        fresh = Record(corpus=self.facts.digest(), files=files)
+        """The part's record; a fresh one where there is none, or it was made by other facts, files or decisions."""
+        decided = Decided.open(self.decided_file(part)).digest() if self.needs_survey else None
+        fresh = Record(corpus=self.facts.digest(), files=files, decided=decided)
         try:
             found = Record.model_validate_json(self.record_file(part).read_bytes())
         except FileNotFoundError:
             return fresh
-        return found if (found.corpus, found.files) == (fresh.corpus, files) else fresh
+        same = (found.corpus, found.files, found.decided) == (fresh.corpus, fresh.files, fresh.decided)
+        return found if same else fresh
 
     def survey_file(self, part: PartName, files: dict[str, str]) -> Path:
         """Where the part's survey lies; the name holds what it was made by."""
