@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file of recipes/")
     parser.add_argument("overrides", nargs="*", help="section.key=value, e.g. training.sequence_length=1024")
-    parser.add_argument("--workers", type=int, help="processes; one for each core where not given")
+    parser.add_argument("--workers", type=int, help="processes; where not given, up to one for each core, part and GiB")
     doing = parser.add_mutually_exclusive_group()
     doing.add_argument("--shard", metavar="I/N", type=share, help="write the I-th of N shares of the parts (I from 0)")
     doing.add_argument("--merge", action="store_true", help="join the parts that several machines wrote, without copying them")

@@ -93,3 +93,27 @@ def test_the_reliability_page_adds_up_and_lost_nothing():
         "a checkpoint of ZeRO-1 2",
     ):  # fmt: skip
         assert any(fault.startswith(kind) for fault in faults), kind
+
+
+def test_the_data_page_says_how_text_becomes_windows():
+    """Ratios of one run on one machine; a page that is made again has others, and the same order."""
+    page = (DOCS / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| [\d,]* \| [^|]+ \| ([\d.]+) \(", page, flags=re.MULTILINE)
+    largest = max(int(megabytes) for _, megabytes, _ in rows)
+    rates = {way: float(rate) for way, megabytes, rate in rows if int(megabytes) == largest}
+    assert rates["isoflop"] > 3 * rates["nanoGPT's prepare.py"] > 3 * rates["transformers' run_clm.py"]
+    share = float(re.search(r"^\| isoflop: `Windows.take` \| .* \| ([\d.]+)% \|$", page, flags=re.MULTILINE)[1])
+    assert share < 1
+    assert "as many tokens as" in page
+
+
+@pytest.mark.slow
+def test_the_data_page_is_made_anew(tmp_path):
+    """A minute at toy size: the page's script still runs."""
+    script = (DOCS / "data.py").read_text(encoding="utf-8")
+    script = script.replace("HERE = Path(__file__).parent", f"HERE = Path({str(tmp_path)!r})")
+    (tmp_path / "data.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, tmp_path / "data.py", "--megabytes", "20", "--rounds", "1"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert (tmp_path / "data.md").read_text(encoding="utf-8").count("\n| ") > 15
+    assert (tmp_path / "data.png").read_bytes()[:4] == b"\x89PNG"

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,3 +159,21 @@ def test_an_end_of_text_that_text_can_hold_is_refused():
         UserError, match=r"the end-of-text token \(id \d+\) also comes out of text, 'x\.': documents could not be told"
     ):
         Encoder(tokenizer, tokenizer.token_to_id("."), "gigatoken", threads=False)(strings(["fine", "x."]))
+
+
+def test_every_character_is_encoded_as_the_tokenizer_does(family):
+    """In a word, after a digit, a space and a sign; also those that the two libraries' Unicode tables tell apart."""
+    tokenizer, eos = family
+    codes = [chr(code) for code in (*range(0x3400), *range(0xA000, 0xAC00), *range(0xF900, 0xFFFE), *range(0x10000, 0x1FFFE))]
+    codes = [code for code in codes if not 0xD800 <= ord(code) < 0xE000]
+    texts = strings([f'a{c}b 1{c}2 {c} "{c}",' for c in codes])
+    fast, slow = (Encoder(tokenizer, eos, engine, threads=False)(texts) for engine in ("gigatoken", "tokenizers"))
+    assert np.array_equal(fast[0], slow[0])
+    assert np.array_equal(fast[1], slow[1])
+
+
+def test_unassigned_characters_are_left_to_the_tokenizer():
+    found = pa.compute.match_substring_regex(
+        strings(["plain", "\U00016ec1", "x\u0378y", "\u00e9\u4e00\U0001f600", "\ufffe"]), encoding.unassigned()
+    )
+    assert found.to_pylist() == [False, True, True, False, True]

@@ -24,20 +24,20 @@ from isoflop.prepare.corpus import Corpus, PartName, read_facts, table_of
 from isoflop.prepare.join import join
 from isoflop.prepare.part import survey_part, write_part
 from isoflop.prepare.setting_up import set_engine, set_up
-from isoflop.prepare.workers import default_workers, progress, run_parts
+from isoflop.prepare.workers import progress, run_parts
 from isoflop.recipe import Recipe, differences
 
 
 def prepare(recipe: Recipe, workers: int | None = None, shard: tuple[int, int] | None = None) -> Manifest | None:
     """Write the prepared folder, or find it already there and unchanged.
 
-    `workers` processes share the parts; one for each core where not given. With `shard` (i, n) only every n-th part from the
-    i-th on is written, nothing is joined, and None is returned.
+    `workers` processes share the parts; where not given, as many as are worth it. With `shard` (i, n) only every n-th part from
+    the i-th on is written, nothing is joined, and None is returned.
     """
     folder = Path(recipe.data.prepared_dir)
     if folder.exists() and any(folder.iterdir()):
         return _require_unchanged(recipe, folder)
-    aside, workers = partial_folder(recipe), workers or default_workers()
+    aside = partial_folder(recipe)
     which = "lock" if shard is None else f"lock-{shard[0]}-of-{shard[1]}"
     with lock(aside / which, f"data.prepared_dir = {str(folder)!r}", "wait for that process, or stop it"):
         try:
@@ -92,7 +92,7 @@ def verify(recipe: Recipe) -> Manifest:
     return manifest
 
 
-def _written(recipe: Recipe, aside: Path, workers: int, shard: tuple[int, int]) -> bool:
+def _written(recipe: Recipe, aside: Path, workers: int | None, shard: tuple[int, int]) -> bool:
     """Write this machine's parts; False where gigatoken was found to differ, and the corpus has to be encoded anew."""
     corpus = set_up(recipe, aside, workers)
     parts = corpus.facts.parts(shard)
@@ -102,14 +102,14 @@ def _written(recipe: Recipe, aside: Path, workers: int, shard: tuple[int, int]) 
         part: {name_of(file): digests[name_of(file)] for file in table.files_of(number)}
         for part, (table, number) in zip(parts, tables, strict=True)
     }
-    if corpus.needs_survey and not _surveyed(corpus, files, workers, shard):
+    if corpus.needs_survey and not _surveyed(corpus, files, shard):
         return True
     missing = {part: hashes for part, hashes in files.items() if not corpus.read_record(part, hashes).done}
     if len(missing) < len(files):
         print(f"prepare: {len(files) - len(missing)} of {len(files)} parts are there already", flush=True)
     try:
         with progress("tokenize", _sizes(corpus, missing), "tok") as bar:
-            run_parts(corpus, write_part, missing, workers, bar)
+            run_parts(corpus, write_part, missing, bar)
     except EngineDiffers as difference:
         why = f"gigatoken gave other ids than tokenizers for {difference}; tokenizers encodes the corpus anew, many times slower"
         set_engine(aside, corpus.facts.tokenizer, "tokenizers", why)
@@ -131,10 +131,10 @@ def _sizes(corpus: Corpus, parts: dict[PartName, dict[str, str]]) -> dict[PartNa
     return sizes
 
 
-def _surveyed(corpus: Corpus, files: dict[PartName, dict[str, str]], workers: int, shard: tuple[int, int]) -> bool:
+def _surveyed(corpus: Corpus, files: dict[PartName, dict[str, str]], shard: tuple[int, int]) -> bool:
     """Look at all documents, then decide which stay; False where other machines have not looked at theirs yet."""
     with progress("survey", _sizes(corpus, files), "B") as bar:
-        run_parts(corpus, survey_part, files, workers, bar)
+        run_parts(corpus, survey_part, files, bar)
     parts = corpus.facts.parts()
     found = {part: sorted(corpus.folder.glob(f"survey-{part}-*.npy")) for part in parts}
     if lacking := [str(part) for part, there in found.items() if not there]:

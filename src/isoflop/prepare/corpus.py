@@ -99,8 +99,10 @@ class Corpus:
     folder: Path
     """Where parts gather until they are joined."""
     facts: Facts
+    workers: int
+    """Processes that share the parts."""
     threads: bool
-    """Whether a process may encode with several threads: where there are fewer parts than cores."""
+    """Whether a process encodes with several threads: where it is alone, and was not told to be."""
 
     @property
     def needs_survey(self) -> bool:

@@ -19,6 +19,7 @@ from isoflop.data.sources import Opened, open_source
 from isoflop.data.tokenizers import load_tokenizer, tokenizer_hash, train_tokenizer
 from isoflop.prepare.corpus import CORPUS_FILE, Corpus, Facts, PartName, in_validation, num_parts, table_of, write_aside
 from isoflop.prepare.part import LOOKUP_FILE
+from isoflop.prepare.workers import default_workers
 from isoflop.recipe import Recipe
 from isoflop.recipe_data import Filter
 
@@ -30,7 +31,7 @@ COMPARED_CHARACTERS = 1 << 16  # of one document
 ENGINE_FILE = "engine.json"
 
 
-def set_up(recipe: Recipe, folder: Path, workers: int) -> Corpus:
+def set_up(recipe: Recipe, folder: Path, workers: int | None) -> Corpus:
     """Open what the recipe names and write the tokenizer and `corpus.json` into the folder of parts.
 
     What came from the Hub stays at the commits of an earlier start. Raises `UserError` for what cannot be had.
@@ -50,7 +51,9 @@ def set_up(recipe: Recipe, folder: Path, workers: int) -> Corpus:
         num_parts=num_parts(opened),
     )
     write_aside(folder / CORPUS_FILE, facts.model_dump_json(indent=1) + "\n")
-    corpus = Corpus(recipe, opened, folder, facts, threads=len(facts.parts()) < workers)
+    source_bytes = sum(file.stat().st_size for one in opened.values() for table in one.tables for file in table.files)
+    processes = min(workers or default_workers(len(facts.parts()), source_bytes), len(facts.parts()))
+    corpus = Corpus(recipe, opened, folder, facts, processes, threads=processes == 1 and workers != 1)
     _save_evaluation_sets(corpus)
     return corpus
 

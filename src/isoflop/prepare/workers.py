@@ -22,6 +22,9 @@ from isoflop.errors import UserError
 from isoflop.prepare.corpus import Corpus, PartName
 from isoflop.prepare.part import Done, Report, Tools
 
+# A process takes some 3 s to start and works at about 100 MB/s, and alone it has the encoder use all cores.
+WORTH_A_PROCESS_BYTES = 2**30
+
 Work = Callable[[Corpus, Tools, PartName, dict[str, str], Report], None]
 
 
@@ -62,9 +65,10 @@ class Progress:
         self._bar.close()
 
 
-def run_parts(corpus: Corpus, work: Work, files: dict[PartName, dict[str, str]], workers: int, report: Report) -> None:
-    """Do `work` on every part of `files`, on up to `workers` processes; raises what the first failing part raised."""
-    if min(workers, len(files)) <= 1:
+def run_parts(corpus: Corpus, work: Work, files: dict[PartName, dict[str, str]], report: Report) -> None:
+    """Do `work` on every part of `files`, on up to `corpus.workers` processes; raises what the first failing part raised."""
+    workers = min(corpus.workers, len(files))
+    if workers <= 1:
         tools = Tools.of(corpus)
         for part, hashes in files.items():
             work(corpus, tools, part, hashes, report)
@@ -74,7 +78,7 @@ def run_parts(corpus: Corpus, work: Work, files: dict[PartName, dict[str, str]],
     queue, stop = context.SimpleQueue(), context.Event()
     listener = threading.Thread(target=_listen, args=(queue, report), daemon=True)
     listener.start()
-    pool = ProcessPoolExecutor(min(workers, len(files)), context, initializer=_start, initargs=(corpus, work, queue, stop))
+    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(corpus, work, queue, stop))
     try:
         with pool:
             try:
@@ -86,8 +90,8 @@ def run_parts(corpus: Corpus, work: Work, files: dict[PartName, dict[str, str]],
                 raise
     except BrokenProcessPool:
         raise UserError(
-            f"one of {workers} processes was killed, most likely for want of memory; what is finished is kept: run the same"
-            " command with fewer --workers"
+            f"one of {workers} processes was killed, most likely for want of memory (or it could not start, where a script of"
+            " your own lacks `if __name__ == '__main__'`); what is finished is kept: run the same command with fewer --workers"
         ) from None
     finally:
         queue.put(None)
@@ -129,9 +133,10 @@ def _work(part: PartName, hashes: dict[str, str]) -> None:
         _process["work"](_process["corpus"], _process["tools"], part, hashes, _process["report"])
 
 
-def default_workers() -> int:
-    """One process for each core this one may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_workers(parts: int, source_bytes: int) -> int:
+    """Processes that are worth their start: up to one a core and a part, and a GiB of source files where those are known."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, parts, max(1, source_bytes // WORTH_A_PROCESS_BYTES) if source_bytes else cores)
 
 
 @contextlib.contextmanager
