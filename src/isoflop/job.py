@@ -164,7 +164,7 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
         stop=stop,
         tokenizer=AutoTokenizer.from_pretrained(Path(prepared_dir) / "tokenizer"),
         train_windows=Windows(prepared_dir, manifest.shards("train"), manifest.sequence_length),
-        order=Order.of([split.windows for split in manifest.split("train")], list(recipe.data.shares().values()), recipe.seed),
+        order=manifest.order(recipe.data.shares(), recipe.seed),
         validation_windows=Windows(prepared_dir, manifest.shards("validation"), manifest.sequence_length),
         saver=Saver(Path(recipe.output.run_dir) / "checkpoints"),
         training_model=training_model,

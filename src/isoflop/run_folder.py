@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 import torch
 
+from isoflop.disk import lock, write_aside
 from isoflop.errors import UserError
-from isoflop.locks import lock
 from isoflop.recipe import Recipe, differences
 from isoflop.recipe_file import load_recipe, to_yaml
 
@@ -78,11 +78,11 @@ class RunFolder:
 
     def write_start(self, recipe: Recipe, launch: dict[str, Any]) -> None:
         """The resolved recipe, and the environment of this launch with those of earlier ones behind it."""
-        _write(self.path / "recipe.yaml", to_yaml(recipe))
+        write_aside(self.path / "recipe.yaml", to_yaml(recipe))
         file = self.path / "environment.json"
         previous = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         earlier = [] if previous is None else [*previous.pop("earlier_launches"), previous]
-        _write(file, json.dumps({**environment(), "launch": launch, "earlier_launches": earlier}, indent=1) + "\n")
+        write_aside(file, json.dumps({**environment(), "launch": launch, "earlier_launches": earlier}, indent=1) + "\n")
 
     def export(self, write: Callable[[Path], None]) -> None:
         """Replace `model/` by what `write` puts into a folder aside."""
@@ -95,7 +95,7 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`: from now on the run is done."""
-        _write(self.summary, json.dumps(summary, indent=1) + "\n")
+        write_aside(self.summary, json.dumps(summary, indent=1) + "\n")
 
 
 def environment() -> dict[str, Any]:
@@ -123,9 +123,3 @@ def _commit() -> str | None:
         return None
     status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
-
-
-def _write(file: Path, text: str) -> None:
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)

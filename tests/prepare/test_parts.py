@@ -302,7 +302,7 @@ def test_a_difference_found_late_starts_the_corpus_anew(rows_recipe, small, monk
 
 
 def test_a_second_prepare_of_the_same_folder_is_refused(rows_recipe):
-    from isoflop.locks import lock
+    from isoflop.disk import lock
 
     recipe, _ = rows_recipe("locked")
     with (

@@ -7,7 +7,6 @@ full disk at any moment leaves the one before as it was.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from isoflop.disk import sha256
 
 CHECKSUMS, TRAINER_STATE = "checksums.json", "trainer_state.json"
 
@@ -129,12 +130,6 @@ def _is_held(path: Path) -> bool:
     except OSError:  # not whole, so nobody's; or no locks here, so nobody can hold it
         return False
     return False
-
-
-def sha256(file: Path) -> str:
-    """Checksum of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

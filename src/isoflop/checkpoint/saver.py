@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.tensor import DTensor
 
-from isoflop.checkpoint.folder import list_checkpoints, partial, remove_partials, seal, sha256
+from isoflop.checkpoint.folder import list_checkpoints, partial, remove_partials, seal
 from isoflop.checkpoint.state import Tensors, gather_zero, is_zero, live_tensors, zero_sizes
+from isoflop.disk import sha256
 from isoflop.errors import UserError, is_disk_full
 
 

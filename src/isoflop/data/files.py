@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import glob
-import hashlib
 import json
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from isoflop.data import compression
+from isoflop.disk import sha256
 from isoflop.errors import UserError
 from isoflop.recipe_data import HubSource, PythonStdlibSource, Source
 
@@ -65,16 +65,11 @@ def _expand(patterns: list[str], key: str) -> list[Path]:
     return list(dict.fromkeys(files))  # a file that two patterns match is one file
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def hash_files(files: list[Path]) -> dict[str, str]:
     """SHA-256 of local files, by path (of the standard library: relative to it)."""
     root = _stdlib_root()
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter: about 1 GB/s a thread
-        digests = list(tqdm(pool.map(_sha256, files), total=len(files), desc="hash sources", unit="file", delay=3))
+        digests = list(tqdm(pool.map(sha256, files), total=len(files), desc="hash sources", unit="file", delay=3))
     return {name_of(file, root): digest for file, digest in zip(files, digests, strict=True)}
 
 

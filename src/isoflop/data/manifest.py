@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
+from isoflop.data.order import Order
+from isoflop.disk import sha256
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe, flatten
 
@@ -116,6 +118,10 @@ class Manifest(_Part):
         """Windows of a split over all sources."""
         return sum(split.windows for split in self.split(name))
 
+    def order(self, shares: dict[str, float], seed: int) -> Order:
+        """The order in which a run sees the training windows, each source by its share of the tokens."""
+        return Order.of([split.windows for split in self.split("train")], list(shares.values()), seed)
+
     def fingerprint(self) -> str:
         """SHA-256 over the windows and the tokenizer: what a run trained on, wherever the folder lies."""
         shards = [shard.sha256 for shard in self.shards()]
@@ -160,10 +166,8 @@ def verify_shards(prepared_dir: str, manifest: Manifest, full: bool) -> None:
             return f"{file} is missing"
         if file.stat().st_size != shard.bytes:
             return f"{file} has {file.stat().st_size} bytes, its manifest says {shard.bytes}"
-        if full:
-            with file.open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != shard.sha256:
-                    return f"{file} does not match its SHA-256 in {FILE_NAME}"
+        if full and sha256(file) != shard.sha256:
+            return f"{file} does not match its SHA-256 in {FILE_NAME}"
         return None
 
     shards = manifest.shards()

@@ -18,8 +18,8 @@ from isoflop.data.manifest import FILE_NAME, Manifest, made_from, read_manifest,
 from isoflop.data.sources import PART_BYTES
 from isoflop.data.survey import Survey, decide, duplicates, score_threshold
 from isoflop.data.tokenizers import load_tokenizer, tokenizer_hash
+from isoflop.disk import lock
 from isoflop.errors import UserError, is_disk_full
-from isoflop.locks import lock
 from isoflop.prepare.corpus import Corpus, PartName, read_facts, table_of
 from isoflop.prepare.join import join
 from isoflop.prepare.part import survey_part, write_part

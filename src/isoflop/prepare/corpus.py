@@ -167,10 +167,3 @@ def read_facts(folder: Path) -> Facts:
             f"{folder} holds no parts ({CORPUS_FILE} is missing): prepare them first, or copy the machines' folders here"
         )
     return Facts.model_validate_json(file.read_bytes())
-
-
-def write_aside(file: Path, text: str) -> None:
-    """Write a file so that it is whole or not there."""
-    aside = file.with_name(f".{file.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)

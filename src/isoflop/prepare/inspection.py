@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from isoflop.data.manifest import Manifest, read_manifest
-from isoflop.data.order import Order
 from isoflop.data.windows import Windows
 from isoflop.recipe import Recipe
 
@@ -20,7 +19,7 @@ def show_windows(recipe: Recipe, count: int) -> None:
     windows = Windows(recipe.data.prepared_dir, manifest.shards("train"), manifest.sequence_length)
     tokenizer = AutoTokenizer.from_pretrained(Path(recipe.data.prepared_dir) / "tokenizer")
     per_step = recipe.training.tokens_per_step // recipe.training.sequence_length
-    order = Order.of([split.windows for split in manifest.split("train")], list(recipe.data.shares().values()), recipe.seed)
+    order = manifest.order(recipe.data.shares(), recipe.seed)
     for position, index in enumerate(order.windows(np.arange(count, dtype=np.int64))):
         ids = windows.take(np.array([index]))[0]
         pieces = documents_of(ids, manifest.tokenizer.eos_token_id)

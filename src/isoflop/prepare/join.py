@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from isoflop.data.contamination import overlaps
 from isoflop.data.manifest import FILE_NAME, SPLITS, Manifest, Overlap, PreparedSource, Shard, Split, SplitName
 from isoflop.data.windows import ShardWriter, Windows
+from isoflop.disk import write_aside
 from isoflop.errors import UserError
-from isoflop.prepare.corpus import CORPUS_FILE, Facts, PartName, Record, write_aside
+from isoflop.prepare.corpus import CORPUS_FILE, Facts, PartName, Record
 from isoflop.prepare.part import LOOKUP_FILE
 from isoflop.recipe import Recipe
 

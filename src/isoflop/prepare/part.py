@@ -18,7 +18,8 @@ from isoflop.data.encoding import Encoder
 from isoflop.data.manifest import SPLITS, SplitName
 from isoflop.data.survey import Decided, is_in, survey
 from isoflop.data.windows import SHARD_BYTES, ShardWriter
-from isoflop.prepare.corpus import Corpus, PartName, PartSplit, in_validation, table_of, write_aside
+from isoflop.disk import write_aside
+from isoflop.prepare.corpus import Corpus, PartName, PartSplit, in_validation, table_of
 
 LOOKUP_FILE = "contamination.npz"
 

@@ -17,7 +17,8 @@ from isoflop.data.encoding import Encoder, Engine, choose_engine
 from isoflop.data.manifest import TokenizerFacts, made_from
 from isoflop.data.sources import Opened, open_source
 from isoflop.data.tokenizers import load_tokenizer, tokenizer_hash, train_tokenizer
-from isoflop.prepare.corpus import CORPUS_FILE, Corpus, Facts, PartName, in_validation, num_parts, table_of, write_aside
+from isoflop.disk import write_aside
+from isoflop.prepare.corpus import CORPUS_FILE, Corpus, Facts, PartName, in_validation, num_parts, table_of
 from isoflop.prepare.part import LOOKUP_FILE
 from isoflop.prepare.workers import default_workers
 from isoflop.recipe import Recipe

@@ -1,14 +1,28 @@
-"""A folder belongs to one process at a time."""
+"""What every room does with files: a checksum, a write that is whole or not there, a folder for one process at a time."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import socket
 from pathlib import Path
 from typing import IO
 
 from isoflop.errors import UserError
+
+
+def sha256(file: Path) -> str:
+    """Checksum of a file's content, about 1 GB/s a thread."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_aside(file: Path, text: str) -> None:
+    """Write a file so that it is whole or not there."""
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
 
 
 def lock(file: Path, key: str, remedy: str) -> IO[str]:
