@@ -93,9 +93,8 @@ def run_parts(corpus: Corpus, work: Work, files: dict[PartName, dict[str, str]],
             f"one of {workers} processes was killed, most likely for want of memory (or it could not start, where a script of"
             " your own lacks `if __name__ == '__main__'`); what is finished is kept: run the same command with fewer --workers"
         ) from None
-    finally:
-        queue.put(None)
-        listener.join()
+    queue.put(None)
+    listener.join()  # not after a failure: a killed process may hold the lock of the queue for ever; the thread is a daemon
 
 
 def _listen(queue: Any, report: Report) -> None:
