@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,10 +51,12 @@ def build_model(config: PretrainedConfig, depth_scaled_init: bool, seed: int) ->
     return model
 
 
-def load_model(config: PretrainedConfig, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """A stock causal LM around given tensors by their names, tied ones once; nothing is initialized or copied."""
+def load_model(config: PretrainedConfig, read: Callable[[dict[str, torch.Tensor]], None]) -> PreTrainedModel:
+    """A stock causal LM in fp32 whose weights `read` fills by their names, tied ones once; nothing is initialized or copied."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
+    read(weights)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from isoflop import cost
-from isoflop.checkpoint.state import read
 from isoflop.errors import UserError
+from isoflop.export import export_checkpoint
 from isoflop.job import Job
 from isoflop.metrics import MetricsLog, Row
-from isoflop.modeling.build import load_model
 from isoflop.recipe import Recipe
 from isoflop.run_folder import RunFolder
 from isoflop.validation import bits_per_byte, sample_texts
@@ -25,28 +22,12 @@ def finish(job: Job, rows: list[Row]) -> None:
     """Sample from the model, export its last checkpoint, and write the summary. Collective."""
     samples = write_samples(job, job.num_steps)
     if job.accelerator.is_main_process:
-        job.folder.export(lambda folder: export_model(job, folder))
+        last = job.folder.checkpoints / f"step-{job.num_steps}"
+        job.folder.export(lambda folder: export_checkpoint(job.recipe, last, folder))
         summary = summarize(job, rows) | {"samples": samples}
         job.folder.finish(summary)
         report(job.folder, summary)
     job.accelerator.wait_for_everyone()  # a rank that leaves early is taken for a failure
-
-
-def export_model(job: Job, folder: Path) -> None:
-    """Config, safetensors, generation config and tokenizer: what `from_pretrained` and `pipeline` open.
-
-    From the last checkpoint, so that it is the same whatever engine holds the weights, and in fp32 whatever it computes in.
-    """
-    names = {name: parameter.shape for name, parameter in job.causal_lm.named_parameters()}
-    weights = {name: torch.empty(shape) for name, shape in names.items()}
-    prefix = "model.causal_lm."
-    read(job.folder.checkpoints / f"step-{job.num_steps}", {f"{prefix}{name}": tensor for name, tensor in weights.items()})
-    model = load_model(job.causal_lm.config, weights)
-    model.generation_config.pad_token_id = job.manifest.tokenizer.eos_token_id
-    disable_progress_bar()
-    model.save_pretrained(folder)
-    job.tokenizer.model_max_length = job.recipe.model.max_positions
-    job.tokenizer.save_pretrained(folder)
 
 
 def write_samples(job: Job, step: int, log: MetricsLog | None = None) -> list[str]:

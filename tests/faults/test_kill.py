@@ -21,7 +21,7 @@ PHASES = {
     "step": ("isoflop.pretrain", "train_step", 0.02),
     "save": ("isoflop.checkpoint.saver", "Saver._write", 0.03),
     "evaluation": ("isoflop.pretrain", "validate", 0.02),
-    "export": ("isoflop.outcome", "export_model", 0.1),
+    "export": ("isoflop.outcome", "export_checkpoint", 0.1),
     "start": ("isoflop.pretrain", "load_checkpoint", 0.1),
 }
 KILL = """

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from isoflop import cost
 from isoflop.plan.recipes import COMPUTE_OPTIMAL
 from isoflop.search import NEAR_20N, NEAR_OPTIMAL_NATS
+from isoflop.tables import table
 
 GIB = cost.GIB
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """Columns padded to their widest entry, the first to the left, the others to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
 
 
 def gib(count: float) -> str:
