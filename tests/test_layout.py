@@ -17,8 +17,9 @@ LAYERS = {
     "isoflop.families": 2, "isoflop.search": 2, "isoflop.scaling": 2,
     "isoflop.data": 3, "isoflop.optim": 3, "isoflop.checkpoint": 3, "isoflop.metrics": 3, "isoflop.distributed": 3,
     "isoflop.run_folder": 3, "isoflop.validation": 3, "isoflop.anomaly": 3, "isoflop.stop": 3, "isoflop.scores": 3,
+    "isoflop.harness": 3,
     "isoflop.job": 4, "isoflop.outcome": 4, "isoflop.prepare": 4, "isoflop.pretrain": 4, "isoflop.resume": 4,
-    "isoflop.measure": 4, "isoflop.plan": 4, "isoflop.export": 4,
+    "isoflop.measure": 4, "isoflop.plan": 4, "isoflop.export": 4, "isoflop.evaluate": 4,
 }  # fmt: skip
 SAME_LAYER = {
     ("isoflop.disk", "isoflop.errors"),
@@ -28,6 +29,10 @@ SAME_LAYER = {
     ("isoflop.search", "isoflop.families"),  # ranks their shapes
     ("isoflop.search", "isoflop.scaling"),  # by a law
     ("isoflop.validation", "isoflop.data"),  # reads windows
+    ("isoflop.harness", "isoflop.data"),  # the Hub's errors
+    ("isoflop.harness", "isoflop.scores"),  # where eval/ is
+    ("isoflop.harness", "isoflop.validation"),  # what leaves random states alone
+    ("isoflop.evaluate", "isoflop.export"),
     ("isoflop.stop", "isoflop.distributed"),  # a stop is agreed between processes, and passed on by their launcher
     ("isoflop.pretrain", "isoflop.job"),  # the first part of a run
     ("isoflop.pretrain", "isoflop.resume"),  # where it stands

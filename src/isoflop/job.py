@@ -6,6 +6,7 @@ Entered by `check_data`, then `build_job`. Whatever is wrong ends here in a `Use
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from isoflop.metrics import peak_memory_bytes
 from isoflop.modeling.build import build_config, build_model, decoder_layers
 from isoflop.modeling.loss import TrainingModel
 from isoflop.optim import build_optimizer
-from isoflop.recipe import Recipe, differences, require_whole_steps
+from isoflop.recipe import Evaluation, Recipe, differences, require_whole_steps
 from isoflop.run_folder import RunFolder
 from isoflop.stop import StopRequest, grace_s
 
@@ -63,6 +64,8 @@ class Job:
     num_steps: int
     accumulation: int
     """Micro-batches of one process in one optimizer step."""
+    downstream: Any
+    """`harness.Downstream` where the recipe names tasks, else None: lm-eval takes seconds to import."""
     memory_before_bytes: int
     """Peak of the process before the model was built: on CPU interpreter and libraries, on a GPU nothing."""
 
@@ -147,7 +150,9 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
     set_step(accelerator, recipe, accumulation)
     before = peak_memory_bytes(accelerator.device)
     facts = manifest.tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(Path(recipe.data.prepared_dir) / "tokenizer")
     training_model = build_training_model(recipe, facts.eos_token_id, facts.bos_token_id).to(accelerator.device)
+    downstream = build_downstream(recipe.evaluation, training_model, tokenizer, accelerator, stop)
     zero = launch_of(accelerator).engine == "zero1"
     weights = {name: p.detach().to("cpu", copy=True) for name, p in training_model.named_parameters()} if zero else {}
     optimizer = build_optimizer(training_model, recipe.optimizer, accelerator.device)
@@ -162,7 +167,7 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
         manifest=manifest,
         accelerator=accelerator,
         stop=stop,
-        tokenizer=AutoTokenizer.from_pretrained(Path(prepared_dir) / "tokenizer"),
+        tokenizer=tokenizer,
         train_windows=Windows(prepared_dir, manifest.shards("train"), manifest.sequence_length),
         order=manifest.order(recipe.data.shares(), recipe.seed),
         validation_windows=Windows(prepared_dir, manifest.shards("validation"), manifest.sequence_length),
@@ -172,8 +177,25 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
         optimizer=optimizer,
         num_steps=recipe.training.num_steps(cost.parameters(recipe.model)),
         accumulation=accumulation,
+        downstream=downstream,
         memory_before_bytes=before,
     )
+
+
+def build_downstream(
+    evaluation: Evaluation, training_model: TrainingModel, tokenizer: Any, accelerator: Accelerator, stop: StopRequest
+) -> Any:
+    """The recipe's downstream tasks, their datasets fetched; None where it names none."""
+    if not evaluation.tasks:
+        return None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            f"evaluation.tasks = {evaluation.tasks}: lm-eval is not installed; run: pip install 'lm_eval>=0.4.13', or set"
+            " evaluation.tasks={}"
+        )
+    from isoflop.harness import Downstream, InMemory
+
+    return Downstream(evaluation, InMemory(training_model.causal_lm, tokenizer, accelerator, stop.agreed))
 
 
 def require_engine_can(recipe: Recipe, engine: cost.Engine) -> None:

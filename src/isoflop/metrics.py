@@ -165,11 +165,12 @@ def whole(value: torch.Tensor) -> float:
 
 
 def draw_curve(rows: list[Row], file: Path, title: str, unigram_entropy_nats: float) -> None:
-    """Training and validation loss against tokens, with the loss of token frequencies alone for scale."""
+    """Training and validation loss against tokens, token frequencies alone for scale; downstream scores below where there are."""
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
+    scores = sorted({key for row in rows for key in row if "/" in key and not key.endswith("_stderr")})
+    figure = matplotlib.figure.Figure(figsize=(8, 8 if scores else 5), layout="constrained")
+    axes, *below = figure.subplots(2 if scores else 1, squeeze=False, sharex=True)[:, 0]
     finite = [row for row in rows if row["loss"] is not None]
     tokens = [row["tokens"] for row in finite]
     axes.plot(tokens, [row["loss"] for row in finite], color="#9db7d5", linewidth=0.8, label="training loss, each step")
@@ -179,13 +180,27 @@ def draw_curve(rows: list[Row], file: Path, title: str, unigram_entropy_nats: fl
         [r["tokens"] for r in validated], [r["val_loss"] for r in validated], "o-", color="#d1495b", label="validation loss"
     )
     axes.axhline(unigram_entropy_nats, color="#777777", linestyle="--", linewidth=1, label="token frequencies alone")
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
-    axes.grid(alpha=0.3)
-    axes.legend()
+    axes.set(ylabel="loss (nats per token)", title=title)
+    for panel in below:
+        _draw_scores(panel, rows, scores)
+    for panel in (axes, *below):
+        panel.grid(alpha=0.3)
+        panel.legend()
+    panel.set_xlabel("tokens")
+    panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     aside = file.with_suffix(".partial.png")
     figure.savefig(aside, dpi=120)
     aside.replace(file)
+
+
+def _draw_scores(axes: Any, rows: list[Row], scores: list[str]) -> None:
+    """Accuracies with one standard error on either side; where a task has none (perplexities), its numbers are in the rows."""
+    accuracies = [key for key in scores if key.split("/")[1].startswith("acc")]
+    for key in accuracies or scores:
+        measured = [row for row in rows if row.get(key) is not None]
+        errors = [row.get(f"{key}_stderr") or 0.0 for row in measured]
+        axes.errorbar([r["tokens"] for r in measured], [r[key] for r in measured], errors, fmt="o-", markersize=4, label=key)
+    axes.set_ylabel("accuracy" if accuracies else "score")
 
 
 def _smoothed(losses: list[float], share: float = 0.02) -> list[float]:

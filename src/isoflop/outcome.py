@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from isoflop import cost
 from isoflop.errors import UserError
@@ -15,6 +17,7 @@ from isoflop.job import Job
 from isoflop.metrics import MetricsLog, Row
 from isoflop.recipe import Recipe
 from isoflop.run_folder import RunFolder
+from isoflop.scores import scores_of, write_results
 from isoflop.validation import bits_per_byte, sample_texts
 
 
@@ -30,10 +33,32 @@ def finish(job: Job, rows: list[Row]) -> None:
     job.accelerator.wait_for_everyone()  # a rank that leaves early is taken for a failure
 
 
+def run_downstream(job: Job, log: MetricsLog, step: int) -> dict[str, float] | None:
+    """Scores of the tasks that are due, as `task/metric` and `task/metric_stderr`; None when a signal came meanwhile. Collective.
+
+    The results behind those of the last step become `evaluations/training/results.json`.
+    """
+    if job.downstream is None:
+        return {}
+    last, started = step == job.num_steps, time.perf_counter()
+    results = job.downstream.results(step, last)
+    if not results:
+        return None if results is None else {}
+    scores = scores_of(results)
+    if last:
+        write_results(results, job.folder.evaluations / "training", cost.parameters(job.recipe.model))
+    told = "; ".join(f"{score.task} {score.metric} {score}" for score in scores)
+    log.say(f"step {step}: {told} (in {time.perf_counter() - started:.1f} s)")
+    values = {f"{score.task}/{score.metric}": score.value for score in scores}
+    errors = {f"{score.task}/{score.metric}_stderr": score.stderr for score in scores if score.stderr is not None}
+    return values | errors
+
+
 def write_samples(job: Job, step: int, log: MetricsLog | None = None) -> list[str]:
-    """Sample text, into `samples.jsonl` and onto the screen. Every rank samples the same: sharded weights need them all."""
-    evaluation = job.recipe.evaluation
-    texts = sample_texts(job.causal_lm, job.tokenizer, evaluation.sample_prompts, evaluation.sample_tokens)
+    """Sample text on every rank, each with its own seed, into `samples.jsonl` and onto the screen. Collective."""
+    evaluation, rank = job.recipe.evaluation, job.accelerator.process_index
+    own = sample_texts(job.causal_lm, job.tokenizer, evaluation.sample_prompts, evaluation.sample_tokens, rank)
+    texts: list[str] = gather_object(own)
     if not job.accelerator.is_main_process:
         return texts
     try:

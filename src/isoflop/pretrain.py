@@ -22,7 +22,7 @@ from isoflop.errors import UserError
 from isoflop.job import Job, build_job, check_data, describe, require_disk
 from isoflop.metrics import MetricsLog, Row, draw_curve, layer_norms, peak_memory_bytes, start_trackers, whole
 from isoflop.optim import learning_rate
-from isoflop.outcome import finish, push_to_hub, report, write_samples
+from isoflop.outcome import finish, push_to_hub, report, run_downstream, write_samples
 from isoflop.recipe import Recipe, flatten
 from isoflop.recipe_file import to_yaml
 from isoflop.resume import NEWEST, Progress, load_checkpoint, roll_back, save_checkpoint
@@ -202,17 +202,20 @@ def settle_buckets(job: Job) -> None:
 
 
 def measure(job: Job, log: MetricsLog, row: Row) -> bool:
-    """Validation loss and samples where they are due, then the step's row; False when a signal came meanwhile."""
+    """Validation loss, downstream scores and samples where they are due, then the step's row; False when a signal came."""
     evaluation, step = job.recipe.evaluation, row["step"]
     due = step % evaluation.validate_every == 0 or step == job.num_steps
     if due:
         row["val_loss"] = validate(job)
         if row["val_loss"] is None:
             return False
-    log.write(row)
+    scores = run_downstream(job, log, step)
+    if scores is None:
+        return False
+    log.write(row | scores)
     if evaluation.sample_every and step % evaluation.sample_every == 0:
         write_samples(job, step, log)
-    if due and job.accelerator.is_main_process:
+    if (due or scores) and job.accelerator.is_main_process:
         title = f"{job.folder.path.name}: {cost.parameters(job.recipe.model) / 1e6:,.1f}M parameters"
         try:
             draw_curve(log.rows, job.folder.curve, title, job.validation_facts[1])

@@ -202,6 +202,10 @@ class Evaluation(Section):
     validate_every: PositiveInt = 250
     max_windows: PositiveInt | None = None
     """Validation windows used; all of them where not given."""
+    tasks: dict[str, PositiveInt] = {}
+    """Tasks of lm-eval, or suites of eval/, each with the steps between two evaluations: {hellaswag: 250}."""
+    task_documents: PositiveInt | None = None
+    """Documents of each task used; all of them where not given."""
     sample_every: PositiveInt | None = None
     """Steps between samples of text; at the end alone where not given."""
     sample_prompts: list[Annotated[str, Field(min_length=1)]] = ["The"]

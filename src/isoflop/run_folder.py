@@ -1,6 +1,6 @@
 """A run's folder: who owns it, who is in it, and what stays in it when the run is over.
 
-recipe.yaml  environment.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/  loss.png  summary.json
+recipe.yaml  environment.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/  loss.png  evaluations/  summary.json
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class RunFolder:
         self.curve = self.path / "loss.png"
         self.model = self.path / "model"
         self.summary = self.path / "summary.json"
+        self.evaluations = self.path / "evaluations"
         self._lock: Any = None
 
     def check_owner(self, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from isoflop.disk import write_aside
 from isoflop.tables import markdown, table
 
 EVAL = Path(__file__).parents[2] / "eval"  # of the checkout; an installed copy has lm-eval's own tasks alone
@@ -32,6 +33,9 @@ class Score(NamedTuple):
     num_documents: int
     higher_is_better: bool
 
+    def __str__(self) -> str:
+        return _short(self.value) + (f" ± {_short(self.stderr)}" if self.stderr is not None else "")
+
 
 class Reference(NamedTuple):
     """One published number of another model."""
@@ -42,11 +46,15 @@ class Reference(NamedTuple):
     source: str
 
 
+def _short(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
 def scores_of(results: dict[str, Any]) -> list[Score]:
     """The numbers in lm-eval's results, by task and metric as they stand there."""
     scores = []
-    for task, values in results["results"].items():
-        better = results["higher_is_better"].get(task, {})
+    for task, count in results["n-samples"].items():  # a group stands in the results too, with no number of its own
+        values, better = results["results"][task], results["higher_is_better"][task]
         for key, value in values.items():
             metric, _, filtered = key.partition(",")
             if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -58,11 +66,19 @@ def scores_of(results: dict[str, Any]) -> list[Score]:
                     metric=metric if filtered == "none" else key,
                     value=float(value),
                     stderr=float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
-                    num_documents=results["n-samples"][task]["effective"],
+                    num_documents=count["effective"],
                     higher_is_better=bool(better.get(metric, True)),
                 )
             )
     return scores
+
+
+def write_results(results: dict[str, Any], folder: Path, parameters: int | None) -> None:
+    """Write lm-eval's results as `results.json`, and the table of scores beside published ones as `results.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_aside(folder / "results.md", score_markdown(scores_of(results), parameters))
+    # lm-eval turns what JSON does not know (functions, dtypes) into text as well.
+    write_aside(folder / RESULTS, json.dumps(results, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
 def read_scores(evaluations: Path) -> list[Score]:
@@ -74,8 +90,10 @@ def read_scores(evaluations: Path) -> list[Score]:
     return [newest[key] for key in sorted(newest)]
 
 
-def nearest_reference(task: str, metric: str, parameters: int, folder: Path = EVAL / "references") -> Reference | None:
-    """What was published for a task and metric by the model nearest in size (by the ratio of parameters)."""
+def nearest_reference(task: str, metric: str, parameters: int | None, folder: Path = EVAL / "references") -> Reference | None:
+    """What was published for a task and metric by the model nearest in size (the ratio of parameters), if known."""
+    if parameters is None:
+        return None
     found = [
         Reference(model["name"], model["parameters"], model["scores"][task][metric], page["source"])
         for file in sorted(folder.glob("*.yaml"))
@@ -99,23 +117,23 @@ def verdict(score: Score, reference: Reference) -> str:
 HEADER = ["task", "metric", "value", "standard error", "documents", "nearest published", "its value", "difference"]
 
 
-def score_rows(scores: list[Score], parameters: int) -> list[list[str]]:
+def score_rows(scores: list[Score], parameters: int | None) -> list[list[str]]:
     """Rows under `HEADER`: every score beside the nearest published one."""
     rows = []
     for score in scores:
-        stderr = "n/a" if score.stderr is None else f"{score.stderr:.4g}"
-        row = [score.task, score.metric, f"{score.value:.4f}", stderr, f"{score.num_documents:,}"]
+        stderr = "n/a" if score.stderr is None else _short(score.stderr)
+        row = [score.task, score.metric, _short(score.value), stderr, f"{score.num_documents:,}"]
         reference = nearest_reference(score.task, score.metric, parameters)
-        rows.append(row + ([reference.model, f"{reference.value:g}", verdict(score, reference)] if reference else ["-"] * 3))
+        rows.append(row + ([reference.model, _short(reference.value), verdict(score, reference)] if reference else ["-"] * 3))
     return rows
 
 
-def score_table(scores: list[Score], parameters: int) -> str:
+def score_table(scores: list[Score], parameters: int | None) -> str:
     """Scores for a terminal."""
     return table(HEADER, score_rows(scores, parameters))
 
 
-def score_markdown(scores: list[Score], parameters: int) -> str:
+def score_markdown(scores: list[Score], parameters: int | None) -> str:
     """Scores for a page, with where the published ones come from."""
     references = [nearest_reference(score.task, score.metric, parameters) for score in scores]
     sources = sorted({f"{reference.model}: {reference.source}" for reference in references if reference})

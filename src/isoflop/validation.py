@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
@@ -58,18 +61,39 @@ def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
     return loss_nats / math.log(2) / bytes_per_token
 
 
-def sample_texts(causal_lm: Any, tokenizer: Any, prompts: list[str], new_tokens: int) -> list[str]:
-    """A continuation of each prompt (temperature 0.8, top-k 50), seeded; the model is back in train mode after it."""
-    torch.manual_seed(SAMPLE_SEED)  # training seeds itself anew at every step
+def sample_texts(causal_lm: Any, tokenizer: Any, prompts: list[str], new_tokens: int, rank: int = 0) -> list[str]:
+    """A continuation of each prompt (temperature 0.8, top-k 50), seeded by the rank. Collective.
+
+    The model is back in train mode after it, and no random state has moved.
+    """
     causal_lm.eval()
     try:
-        texts = []
-        for prompt in prompts:
-            room = causal_lm.config.max_position_embeddings - new_tokens
-            ids = torch.tensor([tokenizer(prompt)["input_ids"][-room:]], device=causal_lm.device)
-            settings = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.eos_token_id}
-            output = causal_lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **settings)
-            texts.append(str(tokenizer.decode(output[0], skip_special_tokens=True)))
-        return texts
+        with untouched_random_state(causal_lm.device):
+            torch.manual_seed(SAMPLE_SEED + rank)
+            return [_continued(causal_lm, tokenizer, prompt, new_tokens) for prompt in prompts]
     finally:
         causal_lm.train()
+
+
+def _continued(causal_lm: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    room = causal_lm.config.max_position_embeddings - new_tokens
+    ids = torch.tensor([tokenizer(prompt)["input_ids"][-room:]], device=causal_lm.device)
+    settings = {"do_sample": True, "temperature": 0.8, "top_k": 50, "pad_token_id": tokenizer.eos_token_id}
+    # Sharded weights are gathered in every call: a rank whose text has ended goes on calling until all have.
+    synced = dist.is_initialized() and dist.get_world_size() > 1
+    mask = torch.ones_like(ids)
+    output = causal_lm.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, synced_gpus=synced, **settings)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+@contextlib.contextmanager
+def untouched_random_state(device: torch.device) -> Iterator[None]:
+    """Leave every random state as it was, and run compiled layers eagerly: other shapes would have them compiled anew."""
+    states = random.getstate(), np.random.get_state()
+    devices = [device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
