@@ -18,7 +18,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import simple_parse_args_string
+from lm_eval.utils import hash_string, simple_parse_args_string
 
 from isoflop.checkpoint.folder import TRAINER_STATE, find_faults, newest_whole
 from isoflop.data.hub import why_not
@@ -69,7 +69,7 @@ def run(request: Request, arguments: dict[str, Any], tasks: dict[str, Any]) -> d
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         lm = get_model(request.backend).create_from_arg_obj(arguments, {"batch_size": request.batch_size, "device": device})
-    except (OSError, ImportError, KeyError) as error:
+    except (OSError, ImportError, ValueError) as error:
         reason = why_not(error, str(arguments["pretrained"]), "model") or " ".join(str(error).split())
         raise UserError(
             f"{request.model!r} cannot be opened by lm-eval's {request.backend!r}: {reason}; give a run's folder, one of its"
@@ -85,6 +85,10 @@ def run(request: Request, arguments: dict[str, Any], tasks: dict[str, Any]) -> d
     )
     if results is None:
         return None
+    results["task_hashes"] = {
+        task: hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
+        for task, samples in results["samples"].items()
+    }
     add_errors(results, tasks, lm)
     named = arguments | {"pretrained": request.model}  # not where a checkpoint was exported to
     results["config"] |= {"model": request.backend, "model_args": named, "batch_size": request.batch_size, "device": device}
