@@ -171,7 +171,9 @@ def test_a_task_that_is_not_there_ends_the_run_before_it_starts(toy_recipe, run_
             {**COMMON, "task": "gone", "test_split": "test", "dataset_kwargs": {"data_files": {"test": "/gone.jsonl"}}}
         )
     )
-    with pytest.raises(UserError, match=r"evaluation.tasks: .*gone.yaml' cannot be loaded: .*; fetch its dataset on a machine"):
+    with pytest.raises(
+        UserError, match=r"evaluation.tasks: .*gone.yaml' cannot be loaded: .* fetch it on a machine with a network"
+    ):
         run_in_process(toy_recipe("a", evaluation__tasks={str(tmp_path / "gone.yaml"): 5}))
     assert not (tmp_path / "runs/a/metrics.jsonl").exists()
 
@@ -190,6 +192,14 @@ def test_fewer_documents_where_asked(model, tasks):
 
 def test_suites_stand_for_their_tasks():
     assert set(load_tasks("--suite", ["quick"])) == {"stdlib_continuation", "stdlib_perplexity"}
+    # A suite with members of lm-eval's own gets as far as the first dataset, which is not here.
+    with pytest.raises(UserError, match=r"--suite: 'pretraining' cannot be loaded: .*hellaswag"):
+        load_tasks("--suite", ["pretraining"])
+
+
+def test_a_task_says_itself_what_it_lacks():
+    with pytest.raises(UserError, match=r"'local_perplexity' cannot be loaded: ValueError: no file given; name one: --metadata"):
+        load_tasks("--suite", ["local_perplexity"])
 
 
 @settings(max_examples=30, deadline=None)

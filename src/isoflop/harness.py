@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,38 +45,33 @@ def load_tasks(key: str, names: Sequence[str], metadata: dict[str, Any] | None =
 
     `key` is what the user set, for the error. Raises `UserError` for an unknown name, or a dataset that cannot be had.
     """
-    own = TaskManager(include_path=str(EVAL), include_defaults=False, metadata=metadata)
-    every: TaskManager | None = None  # reading lm-eval's 14,000 task files takes seconds
+    manager = TaskManager(include_path=str(EVAL), include_defaults=False, metadata=metadata)
+    if not all(_is_whole(name, manager) for name in names):
+        manager = TaskManager(include_path=str(EVAL), metadata=metadata)  # reads 14,000 task files, in seconds
     tasks: dict[str, Any] = {}
     for name in names:
         try:
-            loaded = own.load([name])
+            tasks |= manager.load([name])["tasks"]
         except KeyError:
-            every = every or TaskManager(include_path=str(EVAL), metadata=metadata)
-            if name not in every.all_tasks:
-                raise UserError(
-                    f"{key}: {name!r} is neither a suite of eval/ nor a task of lm-eval{_nearest(name, every)}"
-                ) from None
-            loaded = _fetch(key, name, every)
+            raise UserError(
+                f"{key}: {name!r} is neither a suite of eval/ nor a task of lm-eval{_nearest(name, manager)}"
+            ) from None
         except Exception as error:  # of datasets, of the Hub's client, of a task's own functions
-            raise _cannot_load(key, name, error) from error
-        tasks |= loaded["tasks"]
+            reason = why_not(error, name) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(
+                f"{key}: {name!r} cannot be loaded: {reason}. Where its dataset cannot be reached from here, fetch it on a machine"
+                " with a network (HF_HOME is its cache), or leave the task out"
+            ) from error
     return tasks
 
 
-def _fetch(key: str, name: str, manager: TaskManager) -> Any:
-    try:
-        return manager.load([name])
-    except Exception as error:
-        raise _cannot_load(key, name, error) from error
-
-
-def _cannot_load(key: str, name: str, error: Exception) -> UserError:
-    reason = why_not(error, name) or f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return UserError(
-        f"{key}: {name!r} cannot be loaded: {reason}; fetch its dataset on a machine with a network (HF_HOME is its cache), or"
-        " leave the task out"
-    )
+def _is_whole(name: str, manager: TaskManager) -> bool:
+    """Whether a name is known to a manager with all its members: of a group's unknown ones lm-eval would make empty tasks."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return Path(name).is_file()
+    members = (entry.cfg or {}).get("task", [])
+    return isinstance(members, str) or all(member in manager.task_index for member in members)
 
 
 def _nearest(name: str, manager: TaskManager) -> str:
