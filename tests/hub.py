@@ -1,9 +1,9 @@
 """A stand-in of the Hugging Face Hub on this machine, so that the real client libraries are tested over real HTTP, offline.
 
 It answers what `huggingface_hub`, `datasets` and `transformers` ask of the Hub in order to read a repository: the commit of a
-revision, its tree (in pages), its files (whole or in ranges), and the Hub's own errors for what is missing or gated. A file can
-be made to fail a number of times. The libraries read `HF_ENDPOINT` when they are imported: run them in a process of their own,
-with `Hub.env`.
+revision, its tree (in pages), its files (whole or in ranges), and the Hub's own errors for what is missing or gated; and, in
+`hub_writing.py`, what is asked in order to publish one. A request can be made to fail a number of times. The libraries read
+`HF_ENDPOINT` when they are imported: run them in a process of their own, with `Hub.env`.
 """
 
 import hashlib
@@ -11,16 +11,17 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from hub_writing import Account, File, Repository, Writing, git_oid
 
-VERBS = "(?P<verb>tree|revision|paths-info)/(?P<revision>[^/]+)/?(?P<path>.*)"
+VERBS = "(?P<verb>tree|revision|paths-info|refs)(/(?P<revision>[^/]+)/?(?P<path>.*))?"
 API = re.compile(f"/api/(?P<type>models|datasets)/(?P<name>.+?)(/{VERBS})?")
 FILE = re.compile("(/(?P<type>datasets))?/(?P<name>.+?)/(?P<verb>resolve)/(?P<revision>[^/]+)/(?P<path>.+)")
 GRANTED = "hf_granted"  # the token of an account that has access to the gated repositories
@@ -28,27 +29,17 @@ READABLE = ("README.md", ".gitattributes")  # in a gated repository too, as are 
 PAGE = 1000  # entries of a tree that the Hub lists at once
 
 
-class File(NamedTuple):
-    path: Path
-    size: int
-    oid: str
+def entries(files, folder="", recursive=True):
+    """Files and folders below a folder, as the Hub describes them."""
+    paths = {entry for path in map(PurePosixPath, files) for entry in (path, *path.parents)}
+    inside = sorted(str(path) for path in paths if PurePosixPath(folder) in path.parents[: None if recursive else 1])
+    folders = {path: {"type": "directory", "oid": git_oid(path.encode()), "size": 0, "path": path} for path in inside}
+    return [_described(path, files[path]) if path in files else folders[path] for path in inside]
 
 
-class Repository(NamedTuple):
-    gated: bool
-    branches: dict
-    commits: dict
-
-    def entries(self, commit, folder="", recursive=True):
-        """Files and folders below a folder, as the Hub describes them."""
-        files = self.commits[commit]
-        paths = {entry for path in map(PurePosixPath, files) for entry in (path, *path.parents)}
-        inside = sorted(str(path) for path in paths if PurePosixPath(folder) in path.parents[: None if recursive else 1])
-        folders = {path: {"type": "directory", "oid": _sha1(path), "size": 0, "path": path} for path in inside}
-        return [
-            {"type": "file", "oid": files[path].oid, "size": files[path].size, "path": path} if path in files else folders[path]
-            for path in inside
-        ]
+def _described(path, file):
+    large = {"lfs": {"oid": file.sha256, "size": file.size, "pointerSize": 134}} if file.sha256 else {}
+    return {"type": "file", "oid": file.oid, "size": file.size, "path": path, **large}
 
 
 class Hub(ThreadingHTTPServer):
@@ -60,22 +51,45 @@ class Hub(ThreadingHTTPServer):
         self.repositories = {}
         self.requests = []  # (method, path without its query) of each, in order
         self.sent = Counter()  # bytes of bodies, by path
+        self.received = Counter()
+        self.accounts = {}  # by token
+        self.objects = {}  # large files, by SHA-256
+        self.folder = tempfile.TemporaryDirectory()
         self.faults = []
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # an answer is counted inside a change
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
 
     def add(self, repo_type, name, folder, gated=False, revision="main"):
         """Commit a folder to a branch of a "dataset" or "model", which is made if it is not there; returns the commit."""
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        files = {path.relative_to(folder).as_posix(): File(path, path.stat().st_size, _sha1(path.read_bytes())) for path in paths}
-        commit = _sha1(repr([(path, file.oid) for path, file in files.items()]))
-        repository = self.repositories.setdefault((f"{repo_type}s", name), Repository(gated, {}, {}))
-        repository.commits[commit] = files
-        repository.branches[revision] = commit
-        return commit
+        contents = {path.relative_to(folder).as_posix(): path for path in paths}
+        files = {name: File(path, path.stat().st_size, git_oid(path.read_bytes()), None) for name, path in contents.items()}
+        repository = self.repositories.setdefault((f"{repo_type}s", name), Repository(name, gated, False, {}, {}, {}))
+        return repository.commit(revision, files)
+
+    def account(self, token, name, role="write"):
+        """Make a token known; its role is "write" or "read"."""
+        self.accounts[token] = Account(name, role)
+        return token
+
+    def files(self, name, revision="main"):
+        """What a model's repository holds at a revision, by path; None where there is no such revision."""
+        repository = self.repositories[("models", name)]
+        commit = repository.find(revision)
+        return commit and {path: file.path.read_bytes() for path, file in repository.commits[commit].items()}
+
+    def keep(self, content):
+        """Keep what was sent in a file."""
+        path = Path(self.folder.name) / hashlib.sha256(content).hexdigest()
+        path.write_bytes(content)
+        return path
+
+    def file(self, content):
+        """Content that was sent as a file of a commit."""
+        return File(self.keep(content), len(content), git_oid(content), None)
 
     def break_file(self, path, times=1, status=500, after=None, method="GET"):
-        """Fail the next requests whose path ends so: with a status, or by hanging up after some bytes."""
+        """Fail the next requests whose path ends so: with a status, or by hanging up after some bytes (of theirs, where sent)."""
         self.faults += [(method, path, status, after)] * times
 
     def note(self, method, path):
@@ -99,6 +113,7 @@ class Hub(ThreadingHTTPServer):
     def close(self):
         self.shutdown()
         self.server_close()
+        self.folder.cleanup()
 
     def __exit__(self, *_):
         self.close()
@@ -108,7 +123,7 @@ class Hub(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Writing, BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
     wbufsize = -1
@@ -119,14 +134,18 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.note(self.command, unquote(url.path))
         if fault and fault[3] is None:
             return self._error(fault[2], "Internal Error - We're working hard to fix this as soon as possible!")
+        if url.path == "/api/whoami-v2":
+            return self.whoami()
         asked = FILE.fullmatch(url.path) or API.fullmatch(url.path)
         repository = asked and self.server.repositories.get((asked["type"] or "models", unquote(asked["name"])))
-        if not repository:
+        account = self.account()
+        if not repository or (repository.private and not (account and asked["name"].startswith(f"{account.name}/"))):
             # The Hub's own 401 has no code, but clients take such a one for a missing repository over https only.
             return self._error(401, "Invalid username or password.", "RepoNotFound")
+        if asked["verb"] == "refs":
+            return self.refs(repository)
         revision, path = unquote(asked["revision"] or "main"), unquote(asked["path"] or "")
-        commit = repository.branches.get(revision, revision)
-        if commit not in repository.commits:
+        if (commit := repository.find(revision)) is None:
             return self._error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         if asked["verb"] == "resolve":
             return self._file(repository, asked["name"], commit, path, fault and fault[3])
@@ -134,21 +153,26 @@ class _Handler(BaseHTTPRequestHandler):
         if asked["verb"] == "tree":
             return self._tree(repository, commit, path, query)
         if asked["verb"] == "paths-info":
-            return self._json([entry for entry in repository.entries(commit) if entry["path"] in query["paths"]])
+            return self._json([entry for entry in entries(repository.commits[commit]) if entry["path"] in query["paths"]])
         siblings = [{"rfilename": path} for path in repository.commits[commit]]
         gated = "manual" if repository.gated else False
-        return self._json({"id": asked["name"], "sha": commit, "private": False, "gated": gated, "siblings": siblings})
+        return self._json(
+            {"id": asked["name"], "sha": commit, "private": repository.private, "gated": gated, "siblings": siblings}
+        )
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        return self.do_GET() if "/paths-info/" in self.path else super().do_POST()
 
     def _tree(self, repository, commit, folder, query):
         recursive = query.get("recursive", ["false"])[0]
-        entries = repository.entries(commit, folder, recursive == "true")
-        if folder and not entries:
+        listed = entries(repository.commits[commit], folder, recursive == "true")
+        if folder and not listed:
             return self._error(404, f"{folder} does not exist", "EntryNotFound")
         end = int(query.get("cursor", ["0"])[0]) + PAGE
         more = f"<{self.server.url}{self.path.partition('?')[0]}?recursive={recursive}&cursor={end}>"
-        return self._json(entries[end - PAGE : end], headers={"Link": f'{more}; rel="next"'} if end < len(entries) else {})
+        return self._json(listed[end - PAGE : end], headers={"Link": f'{more}; rel="next"'} if end < len(listed) else {})
 
     def _file(self, repository, name, commit, path, after):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -156,7 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(403 if token else 401, f"Access to {name} is restricted.", "GatedRepo")
         if not (file := repository.commits[commit].get(path)):
             return self._error(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit})
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
+        if file.sha256:
+            headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": file.size}
         start, end = 0, file.size
         if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(span[1]), min(int(span[2] or end) + 1, end)
@@ -188,10 +214,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
-
-
-def _sha1(content):
-    return hashlib.sha1(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 @pytest.fixture

@@ -53,9 +53,8 @@ def load_tasks(key: str, names: Sequence[str], metadata: dict[str, Any] | None =
         try:
             tasks |= manager.load([name])["tasks"]
         except KeyError:
-            raise UserError(
-                f"{key}: {name!r} is neither a suite of eval/ nor a task of lm-eval{_nearest(name, manager)}"
-            ) from None
+            hint = _nearest(name, manager)
+            raise UserError(f"{key}: {name!r} is neither a suite of eval/ nor a task of lm-eval{hint}") from None
         except Exception as error:  # of datasets, of the Hub's client, of a task's own functions
             reason = why_not(error, name) or f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(

@@ -1,0 +1,210 @@
+"""The model card: every number is that of the run's files, and nothing in it is of the machine."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, metrics_of
+from huggingface_hub import ModelCard
+
+from isoflop import cost
+from isoflop.publish import sections
+from isoflop.publish.card import hub_names, metadata, model_card
+from isoflop.publish.redaction import published_recipe
+from isoflop.recipe import Recipe
+from isoflop.recipe_file import load_recipe
+from isoflop.run_folder import RunFolder
+from isoflop.scaling.laws import load_law
+from isoflop.scores import Score, write_results
+
+RESULTS = {
+    "results": {
+        "hellaswag": {"alias": "hellaswag", "acc,none": 0.28, "acc_stderr,none": 0.0045},
+        "wikitext": {"alias": "wikitext", "word_perplexity,none": math.inf, "word_perplexity_stderr,none": "N/A"},
+    },
+    "higher_is_better": {"hellaswag": {"acc": True}, "wikitext": {"word_perplexity": False}},
+    "n-samples": {"hellaswag": {"original": 10042, "effective": 10042}, "wikitext": {"original": 62, "effective": 62}},
+}
+
+
+@pytest.fixture
+def run(undisturbed, tmp_path):
+    """A finished toy run, free to be changed."""
+    folder = tmp_path / "runs" / "toy"
+    shutil.copytree(undisturbed["llama"].output.run_dir, folder)
+    return RunFolder(str(folder))
+
+
+def rows(card, header):
+    """Cells of the card's table with such a header, by the first of each row."""
+    lines = str(card).split(header + "\n")[1].splitlines()[1:]
+    table = [line.strip("| ").split(" | ") for line in lines[: lines.index("")]]
+    return {cells[0]: cells[1:] for cells in table}
+
+
+def test_facts_and_training_are_those_of_the_run(run, undisturbed):
+    card = model_card(run, "user/toy", None)
+    summary, told = json.loads(run.summary.read_text()), rows(card, "|  |  |")
+    assert told == {
+        "type": ["llama, stock transformers"],
+        "parameters": ["28,832"],
+        "layers": ["2"],
+        "width": ["32"],
+        "attention heads": ["4 of size 8, 2 of keys and values"],
+        "feed-forward width": ["64"],
+        "vocabulary": ["320, embedding and head tied"],
+        "context": ["64 tokens"],
+        "tokenizer": ["byte-level BPE with 300 ids, trained on this data"],
+    }
+    told = rows(str(card).split("## Training")[1], "|  |  |")
+    assert told["tokens (D)"] == ["2,560 = 10 steps x 256"]
+    assert told["tokens per parameter (D/N)"] == [f"{2560 / 28832:.2f}"]
+    flops = 2560 * cost.flops_per_token(undisturbed["llama"].model, 32)
+    assert told["FLOPs"] == [f"{flops:.3e} (6 N D: {6 * 28832 * 2560:.3e})"]
+    assert told["hours"] == [f"{summary['elapsed_s'] / 3600:.3g}"]
+    assert told["median throughput"] == [f"{summary['tokens_per_s']:,.0f} tokens/s, MFU n/a"]
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert told["hardware"] == [f"CPU with {environment['hardware']['cpu_cores']} cores"]
+    assert f"torch {environment['versions']['torch']}" in told["versions"][0]
+    assert told["commit of the code"] == [environment["commit"]]
+    assert f"**{summary['val_loss']:.4f} nats per token** ({summary['bits_per_byte']:.4f} bits per byte)" in str(card)
+    assert f"```text\n{summary['samples'][0]}\n```" in str(card)
+
+
+def test_the_metadata_comes_back_whole_from_a_saved_card(run, tmp_path):
+    write_results(RESULTS, run.evaluations / "quick", 28832)
+    card = model_card(run, "user/toy", "mit")
+    card.save(tmp_path / "README.md")
+    loaded = ModelCard.load(tmp_path / "README.md")
+    summary = json.loads(run.summary.read_text())
+    assert loaded.data.to_dict() == card.data.to_dict()
+    assert loaded.text == card.text
+    assert (loaded.data.license, loaded.data.library_name, loaded.data.pipeline_tag) == ("mit", "transformers", "text-generation")
+    assert loaded.data.tags == ["isoflop", "pretraining", "llama", "tensorboard"]
+    measured = {(result.dataset_type, result.metric_type): result for result in loaded.data.eval_results}
+    assert measured["text", "loss"].metric_value == summary["val_loss"]
+    assert measured["text", "bits_per_byte"].metric_value == summary["bits_per_byte"]
+    assert measured["hellaswag", "acc"].metric_value == 0.28
+    assert measured["hellaswag", "acc"].metric_args == {"documents": 10042, "standard_error": 0.0045}
+    assert set(measured) == {("text", "loss"), ("text", "bits_per_byte"), ("hellaswag", "acc")}  # no infinite perplexity
+    assert "| hellaswag | acc | 0.2800 | 0.0045 | 10,042 |" in loaded.text
+
+
+def test_without_scores_the_card_says_how_to_make_some(run):
+    assert "None yet. From a checkout of isoflop: `python scripts/run_eval.py user/toy --suite quick`." in str(
+        model_card(run, "user/toy", None)
+    )
+
+
+def test_the_same_files_make_the_same_card(run):
+    assert str(model_card(run, "user/toy", None, ["step-5"])) == str(model_card(run, "user/toy", None, ["step-5"]))
+
+
+def test_licence_is_the_commands_then_the_recipes_then_unknown(run):
+    assert model_card(run, "user/toy", None).data.license == "unknown"
+    tree = yaml.safe_load((run.path / "recipe.yaml").read_text())
+    tree["hub"]["license"] = "odc-by"
+    (run.path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert model_card(run, "user/toy", None).data.license == "odc-by"
+    assert model_card(run, "user/toy", "mit").data.license == "mit"
+
+
+def test_laws_stand_beside_what_was_measured(run, undisturbed):
+    told = rows(model_card(run, "user/toy", None), "| law | predicted loss | interval | measured validation loss |")
+    measured = f"{json.loads(run.summary.read_text())['val_loss']:.4f}"
+    low, high = load_law("besiroglu").interval(28832, 2560)
+    assert told == {
+        "hoffmann": [f"{load_law('hoffmann').loss(28832, 2560):.4f}", "n/a", measured],
+        "besiroglu": [f"{load_law('besiroglu').loss(28832, 2560):.4f}", f"{low:.4f} to {high:.4f}", measured],
+    }
+    assert "- Extrapolated by law hoffmann: 2.88e+04 parameters (fitted on 7e+07 to 1.6e+10); 2.56e+03 tokens" in str(
+        model_card(run, "user/toy", None)
+    )
+
+
+def test_checkpoints_are_listed_by_step_with_their_losses(run, undisturbed):
+    step = {row["step"]: row for row in metrics_of(undisturbed["llama"])}
+    card = model_card(run, "user/toy", None, ["step-10", "step-5", "step-400"])  # the last is of another past
+    assert rows(card, "| revision | tokens | training loss | validation loss |") == {
+        "step-5": ["1,280", f"{step[5]['loss']:.4f}", f"{step[5]['val_loss']:.4f}"],
+        "step-10": ["2,560", f"{step[10]['loss']:.4f}", f"{step[10]['val_loss']:.4f}"],
+    }
+    assert list(rows(card, "| revision | tokens | training loss | validation loss |")) == ["step-5", "step-10"]
+
+
+def test_data_is_told_by_source_with_epochs_while_the_windows_are_at_hand(toy_recipe):
+    recipe = toy_recipe()
+    windows = json.loads((Path(recipe.data.prepared_dir) / "manifest.json").read_text())["sources"]["text"]["splits"]["train"][
+        "windows"
+    ]
+    told = sections.data(published_recipe(recipe), recipe.data.prepared_dir, {"tokens": 2560})
+    assert told.splitlines()[-1] == f"| local files *.txt | 100.00% | {80 / windows:.2f} | n/a |"
+    told = sections.data(published_recipe(recipe), "data/elsewhere", {"tokens": 2560})
+    assert told.splitlines()[-1] == "| local files *.txt | 100.00% | n/a | n/a |"
+
+
+def test_every_dataset_of_the_hub_in_a_mixture_is_named(toy_recipe, tmp_path):
+    parts = {
+        "web": {"weight": 0.5, "source": {"kind": "hub", "name": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT"}},
+        "wiki": {"weight": 0.25, "source": {"kind": "hub", "name": "wikimedia/wikipedia"}},
+        "own": {"weight": 0.25, "source": {"kind": "hub", "name": str(tmp_path)}},
+    }
+    recipe = toy_recipe(data__source={"kind": "mixture", "sources": parts})
+    assert hub_names(published_recipe(recipe)) == ["HuggingFaceFW/fineweb-edu", "wikimedia/wikipedia"]
+    data = metadata(published_recipe(recipe), {"val_loss": 3.0, "bits_per_byte": 1.0}, [], "user/toy", None)
+    assert data.datasets == ["HuggingFaceFW/fineweb-edu", "wikimedia/wikipedia"]
+    assert str(tmp_path.parent) not in data.to_yaml()
+
+
+def test_a_launch_reads_as_it_was_typed():
+    launch = {
+        "command": ["scripts/pretrain.py", "recipes/modern_124m.yaml", "output.run_dir=runs/a b"],
+        "launch": {"num_processes": 2, "distributed_type": "MULTI_GPU", "mixed_precision": "bf16", "resumed_from_step": 5000},
+    }
+    assert sections.command_line(launch) == (
+        "scripts/pretrain.py recipes/modern_124m.yaml 'output.run_dir=runs/a b'  # 2 processes (MULTI_GPU), bf16, from step 5,000"
+    )
+
+
+def test_gpus_are_counted_by_process(run, undisturbed):
+    launch = {
+        "hardware": {"gpus": ["NVIDIA H100 80GB HBM3"] * 8, "cpu_cores": 64},
+        "launch": {"num_processes": 16, "device": "cuda:0"},
+        "versions": {},
+        "commit": None,
+    }
+    told = sections.training(undisturbed["llama"], json.loads(run.summary.read_text()) | {"mfu": 0.41}, [launch])
+    assert "| hardware | 16 x NVIDIA H100 80GB HBM3 |" in told
+    assert "MFU 41.0%" in told
+    assert "| commit of the code | an installed copy |" in told
+
+
+def test_a_sample_stays_in_its_block_whatever_it_holds():
+    assert sections.fenced("a ```` b") == "`````text\na ```` b\n`````"
+
+
+@pytest.mark.parametrize(
+    ("count", "told"), [(124_475_904, "124.5M"), (9_999_220_736, "9.999B"), (28_832, "28.83k"), (320, "320")]
+)
+def test_counts_are_told_in_four_digits(count, told):
+    assert sections.rounded(count) == told
+
+
+def test_the_citation_is_that_of_the_project(run):
+    project = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    card = str(model_card(run, "user/toy", None))
+    assert f"title = {{{project['title']}}}" in card
+    assert f"author = {{{project['authors'][0]['name']}}}" in card
+    assert f"version = {{{project['version']}}}" in card
+
+
+def test_losses_are_of_the_dataset_and_scores_of_their_tasks():
+    recipe = Recipe.model_validate(load_recipe(ROOT / "recipes/gpt2_124m.yaml").model_dump(mode="json"))
+    data = metadata(recipe, {"val_loss": 3.2, "bits_per_byte": 0.99}, [Score("piqa", "acc", 0.6, None, 9, True)], "u/gpt2", "mit")
+    assert data.datasets == ["HuggingFaceFW/fineweb-edu"]
+    assert [(r.dataset_type, r.metric_value) for r in data.eval_results] == [
+        ("HuggingFaceFW/fineweb-edu", 3.2), ("HuggingFaceFW/fineweb-edu", 0.99), ("piqa", 0.6),
+    ]  # fmt: skip
