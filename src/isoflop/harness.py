@@ -54,12 +54,12 @@ def load_tasks(key: str, names: Sequence[str], metadata: dict[str, Any] | None =
             tasks |= manager.load([name])["tasks"]
         except KeyError:
             hint = _nearest(name, manager)
-            raise UserError(f"{key}: {name!r} is neither a suite of eval/ nor a task of lm-eval{hint}") from None
+            raise UserError(f"{key}: {name!r} is neither a suite of eval/ nor lm-eval's task{hint}") from None
         except Exception as error:  # of datasets, of the Hub's client, of a task's own functions
             reason = why_not(error, name) or f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(
-                f"{key}: {name!r} cannot be loaded: {reason}. Where its dataset cannot be reached from here, fetch it on a machine"
-                " with a network (HF_HOME is its cache), or leave the task out"
+                f"{key}: {name!r} cannot be loaded: {reason}. Where its dataset cannot be reached from here, fetch it on a"
+                " machine with a network (HF_HOME is its cache), or leave the task out"
             ) from error
     return tasks
 

@@ -174,7 +174,7 @@ def draw_curve(rows: list[Row], file: Path, title: str, unigram_entropy_nats: fl
     finite = [row for row in rows if row["loss"] is not None]
     tokens = [row["tokens"] for row in finite]
     axes.plot(tokens, [row["loss"] for row in finite], color="#9db7d5", linewidth=0.8, label="training loss, each step")
-    axes.plot(tokens, _smoothed([row["loss"] for row in finite]), color="#1f4e8c", linewidth=1.6, label="training loss, smoothed")
+    axes.plot(tokens, smoothed([row["loss"] for row in finite]), color="#1f4e8c", linewidth=1.6, label="training loss, smoothed")
     validated = [row for row in rows if row["val_loss"] is not None]
     axes.plot(
         [r["tokens"] for r in validated], [r["val_loss"] for r in validated], "o-", color="#d1495b", label="validation loss"
@@ -203,7 +203,7 @@ def _draw_scores(axes: Any, rows: list[Row], scores: list[str]) -> None:
     axes.set_ylabel("accuracy" if accuracies else "score")
 
 
-def _smoothed(losses: list[float], share: float = 0.02) -> list[float]:
+def smoothed(losses: list[float], share: float = 0.02) -> list[float]:
     """Exponential mean whose memory is `share` of the curve, started at the first value."""
     weight = 1 / max(1.0, share * len(losses))
     smooth: list[float] = []
