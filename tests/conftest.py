@@ -143,7 +143,7 @@ def write_recipe(toy_tree, tmp_path):
         tree["output"]["run_dir"] = str(tmp_path / "runs" / name)
         for key, value in changes.items():
             section, leaf = key.split("__")
-            tree[section][leaf] = value
+            tree.setdefault(section, {})[leaf] = value
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(tree), encoding="utf-8")
         return file

@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -56,6 +57,7 @@ class Hub(ThreadingHTTPServer):
         self.objects = {}  # large files, by SHA-256
         self.folder = tempfile.TemporaryDirectory()
         self.faults = []
+        self.stalled = None  # the end of a path whose requests are not answered for a minute
         self.lock = threading.RLock()  # an answer is counted inside a change
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
 
@@ -96,6 +98,9 @@ class Hub(ThreadingHTTPServer):
         """Note a request; returns the (method, path, status, after) of the fault that is due."""
         with self.lock:
             self.requests.append((method, path))
+        if self.stalled and path.endswith(self.stalled):
+            time.sleep(60)
+        with self.lock:
             due = next((fault for fault in self.faults if fault[0] == method and path.endswith(fault[1])), None)
             if due:
                 self.faults.remove(due)

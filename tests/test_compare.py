@@ -89,6 +89,23 @@ def test_other_tokenizers_compare_in_bits_per_byte(runs):
         compare([str(run) for run in runs])
 
 
+def test_runs_of_one_tokenizer_among_others_are_named(runs, tmp_path, capsys):
+    third = Path(shutil.copytree(runs[0], tmp_path / "third"))
+    rewrite(runs[1], [row(1, 6.0, 6.0)], tokenizer={"train_vocab_size": 310})
+    paths = [str(run) for run in (*runs, third)]
+    assert compare(paths)[1]["same_data"] == [["llama", "third"], ["gpt2"]]
+    compare_command(paths, str(tmp_path / "out"), as_json=False)
+    assert "\nSame tokenizer and data: llama, third.\n" in capsys.readouterr().out
+
+
+def test_a_run_that_diverged_at_once_is_shown_beside_others_and_alone(runs, tmp_path, capsys):
+    rewrite(runs[1], [row(1, None), row(2, None)])
+    for paths in (runs, runs[1:]):
+        assert compare_command([str(run) for run in paths], str(tmp_path / "out"), as_json=False) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  gpt2"))
+        assert line.split()[6:9] == ["n/a", "n/a", "n/a"]
+
+
 def test_scores_differ_beyond_196_errors_of_the_difference(runs, capsys):
     def results(acc, stderr):
         return {
@@ -131,6 +148,9 @@ def test_what_cannot_be_compared_is_said(runs, tmp_path):
         compare([str(runs[0]), f"{runs[0]}/"])
     with pytest.raises(UserError, match=r"is no run's folder: it has no recipe.yaml"):
         compare([str(tmp_path)])
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"--out .*taken: File exists; give a folder that can be written"):
+        compare_command([str(runs[0])], str(tmp_path / "taken"), as_json=False)
     (runs[0] / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=r"has no finished step in metrics.jsonl yet"):
         compare([str(runs[0])])

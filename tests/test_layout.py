@@ -20,7 +20,7 @@ LAYERS = {
     "isoflop.harness": 3,
     "isoflop.job": 4, "isoflop.outcome": 4, "isoflop.prepare": 4, "isoflop.pretrain": 4, "isoflop.resume": 4,
     "isoflop.measure": 4, "isoflop.plan": 4, "isoflop.export": 4, "isoflop.evaluate": 4,
-    "isoflop.publish": 4,
+    "isoflop.publish": 4, "isoflop.compare": 4,
 }  # fmt: skip
 SAME_LAYER = {
     ("isoflop.disk", "isoflop.errors"),
@@ -35,6 +35,9 @@ SAME_LAYER = {
     ("isoflop.harness", "isoflop.validation"),  # what leaves random states alone
     ("isoflop.evaluate", "isoflop.export"),
     ("isoflop.publish", "isoflop.export"),  # each checkpoint as a model
+    ("isoflop.job", "isoflop.publish"),  # pushes them while training goes on
+    ("isoflop.outcome", "isoflop.publish"),
+    ("isoflop.pretrain", "isoflop.publish"),
     ("isoflop.stop", "isoflop.distributed"),  # a stop is agreed between processes, and passed on by their launcher
     ("isoflop.pretrain", "isoflop.job"),  # the first part of a run
     ("isoflop.pretrain", "isoflop.resume"),  # where it stands

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_the_quickstart_and_every_command_after_it(copy):
     short = (copy / "recipes/quickstart.yaml").read_text().replace("max_steps: 500", "max_steps: 6")
     short = short.replace("validate_every: 100\n  max_windows: 128", "validate_every: 3\n  max_windows: 16")
     (copy / "recipes/quickstart.yaml").write_text(short.replace("train_vocab_size: 4096", "train_vocab_size: 1000"))
-    _, plan, budget, everyday, looking, machines = blocks("sh")
+    _, plan, budget, everyday, judging, looking, machines = blocks("sh")
     output = shell(plan, copy)
     for said in ("parameters N: 1,294,159,104", "budget: 1.36e+21 FLOPs", "MFU", "405,853,388,800", "d_model 768, 24 heads"):
         assert said in output, said
@@ -84,8 +85,14 @@ def test_the_quickstart_and_every_command_after_it(copy):
     assert "step 6: validation loss" in shell(everyday, copy)
     for folder, processes in (("short", 1), ("two_processes", 2), ("sharded", 2)):
         assert json.loads((copy / f"runs/{folder}/summary.json").read_text())["steps"] == 20
-        assert json.loads((copy / f"runs/{folder}/environment.json").read_text())["launch"]["num_processes"] == processes
-
+        environment = json.loads((copy / f"runs/{folder}/environment.json").read_text())
+        assert environment["launch"]["num_processes"] == processes
+        typed = next(line for line in everyday.splitlines() if f"output.run_dir=runs/{folder}" in line)
+        assert shlex.join(environment["command"]) == typed.removeprefix("ACCELERATE_USE_CPU=true ")
+    output = shell(judging, copy)
+    for said in ("acc_per_token", "at equal cost", "user/quickstart/model.safetensors", "dry run: nothing was sent"):
+        assert said in output, said
+    assert (copy / "runs/quickstart/evaluations/quick/results.json").is_file()
     output = shell(looking, copy)
     assert output.count("━━━ window ") == 2
     assert "every byte as manifest.json says" in output

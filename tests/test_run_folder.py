@@ -21,7 +21,7 @@ def test_an_export_replaces_the_model_whole(tmp_path):
 def test_launches_are_kept_one_behind_the_other(tmp_path, toy_recipe):
     folder = RunFolder(str(tmp_path))
     for processes in (1, 2, 4):
-        folder.write_start(toy_recipe(), {"num_processes": processes})
+        folder.write_start(toy_recipe(), {"num_processes": processes}, ["python", "x.py"])
     written = json.loads((tmp_path / "environment.json").read_text())
     assert written["launch"]["num_processes"] == 4
     assert [launch["launch"]["num_processes"] for launch in written["earlier_launches"]] == [1, 2]

@@ -192,6 +192,12 @@ def launched_by_accelerate() -> bool:
     return _launch_arguments(_parent_command()) is not None
 
 
+def command_typed() -> list[str]:
+    """The command behind this process: its launcher's where it is `accelerate launch`, else its own."""
+    launched_with = _launch_arguments(_parent_command())
+    return ["python", *sys.argv] if launched_with is None else ["accelerate", "launch", *launched_with]
+
+
 def _launch_arguments(command: list[str]) -> list[str] | None:
     """What follows `accelerate launch` in a command line, in any of its spellings; None where it is another command."""
     for place, argument in enumerate(command):

@@ -32,6 +32,7 @@ from isoflop.metrics import peak_memory_bytes
 from isoflop.modeling.build import build_config, build_model, decoder_layers
 from isoflop.modeling.loss import TrainingModel
 from isoflop.optim import build_optimizer
+from isoflop.publish.background import BackgroundPush
 from isoflop.recipe import Evaluation, Recipe, differences, require_whole_steps
 from isoflop.run_folder import RunFolder
 from isoflop.stop import StopRequest, grace_s
@@ -64,6 +65,8 @@ class Job:
     num_steps: int
     accumulation: int
     """Micro-batches of one process in one optimizer step."""
+    push: BackgroundPush | None
+    """On the main process, where the recipe names a repository."""
     downstream: Any
     """`harness.Downstream` where the recipe names tasks, else None: lm-eval takes seconds to import."""
     memory_before_bytes: int
@@ -177,6 +180,7 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
         optimizer=optimizer,
         num_steps=recipe.training.num_steps(cost.parameters(recipe.model)),
         accumulation=accumulation,
+        push=BackgroundPush(RunFolder(recipe.output.run_dir)) if recipe.hub.repo_id and accelerator.is_main_process else None,
         downstream=downstream,
         memory_before_bytes=before,
     )

@@ -110,18 +110,13 @@ def report(folder: RunFolder, summary: dict[str, Any]) -> None:
 
 
 def push_to_hub(recipe: Recipe, folder: RunFolder) -> None:
-    """Push `model/` where the recipe names a repository; a failure leaves the run as it is, and says what to type."""
-    hub = recipe.hub
-    if hub.repo_id is None:
+    """Publish where the recipe names a repository; a failure leaves the run as it is, and says what to type."""
+    if recipe.hub.repo_id is None:
         return
-    from huggingface_hub import HfApi
+    from isoflop.publish.command import Request, publish
 
     try:
-        HfApi().create_repo(hub.repo_id, private=hub.private, exist_ok=True)
-        HfApi().upload_folder(repo_id=hub.repo_id, folder_path=folder.model)
-        print(f"pushed to {hub.repo_id}")
-    except Exception as error:  # the client's many errors: none may cost a finished run
-        print(
-            f"hub.repo_id = {hub.repo_id!r}: not pushed ({type(error).__name__}: {error}); the run is whole, push it later with:"
-            f" hf upload {hub.repo_id} {folder.model}"
-        )
+        publish(Request(run=str(folder.path), checkpoints=True))
+    except Exception as error:  # the client's many errors, a card that cannot be made: none may cost a finished run
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        print(f"not published: {reason}; the run is whole, publish it with: python scripts/publish.py {folder.path}")

@@ -17,12 +17,13 @@ from isoflop import cost
 from isoflop.anomaly import find_anomaly, remember
 from isoflop.checkpoint.folder import list_checkpoints
 from isoflop.data.order import derived_seed
-from isoflop.distributed import build_accelerator, reduce_sum
+from isoflop.distributed import build_accelerator, command_typed, reduce_sum
 from isoflop.errors import UserError
 from isoflop.job import Job, build_job, check_data, describe, require_disk
 from isoflop.metrics import MetricsLog, Row, draw_curve, layer_norms, peak_memory_bytes, start_trackers, whole
 from isoflop.optim import learning_rate
 from isoflop.outcome import finish, push_to_hub, report, run_downstream, write_samples
+from isoflop.publish.upload import check_hub
 from isoflop.recipe import Recipe, flatten
 from isoflop.recipe_file import to_yaml
 from isoflop.resume import NEWEST, Progress, load_checkpoint, roll_back, save_checkpoint
@@ -48,6 +49,8 @@ def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False,
             print(f"{folder.path} is finished:")
             report(folder, summary)
         return 0
+    if recipe.hub.repo_id and is_main and not eval_only:
+        check_hub(recipe.hub.repo_id, recipe)
     with StopRequest() as stop:
         manifest = check_data(recipe, every_byte=os.environ.get("LOCAL_RANK", "0") == "0")  # once a node: each may have a copy
         accelerator = build_accelerator(recipe.output)
@@ -84,7 +87,11 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool) -> i
         log.close()
     if completed:
         finish(job, log.rows)
+        if job.push:
+            job.push.wait()
         return 0
+    if job.push:
+        job.push.leave()
     kept = list_checkpoints(job.folder.checkpoints)
     onwards = (
         f"saved; the same command{' without --resume-from' if resume not in (None, NEWEST) else ''} goes on from {kept[-1].name}"
@@ -249,7 +256,7 @@ def start(job: Job, progress: Progress) -> MetricsLog:
             "gradient_accumulation": job.accumulation,
             "resumed_from_step": progress.step,
         }
-        job.folder.write_start(job.recipe, launch)
+        job.folder.write_start(job.recipe, launch, command_typed())
     start_trackers(accelerator, flatten(job.recipe.model_dump()))
     return MetricsLog(job.folder.metrics, accelerator, progress.step, job.num_steps)
 

@@ -232,11 +232,15 @@ class Output(Section):
 
 
 class Hub(Section):
-    """Where the finished model is pushed."""
+    """Where checkpoints are pushed while training goes on, and the finished model at its end."""
 
     repo_id: str | None = None
     """user/name; nothing is pushed where not given."""
     private: bool = True
+    push_every: PositiveInt | None = None
+    """Only checkpoints of steps that this divides are pushed, each as revision step-N; all where not given."""
+    license: str | None = None
+    """The model's licence by the Hub's identifier (apache-2.0, mit, odc-by ...); `unknown` where not given."""
 
 
 class Recipe(Section):

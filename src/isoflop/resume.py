@@ -40,15 +40,17 @@ def save_checkpoint(job: Job, log: MetricsLog, progress: Progress) -> None:
     output, folder = job.recipe.output, job.folder.checkpoints
     measured = {row["step"]: row["val_loss"] for row in log.rows if row["val_loss"] is not None}
 
-    def prune() -> None:
+    def when_whole() -> None:
         there = [step for step in map(checkpoints.step_of, checkpoints.list_checkpoints(folder)) if step in measured]
         try:
             checkpoints.prune(folder, output.keep_last, output.keep_every, keep=sorted(there, key=measured.__getitem__)[:1])
         except OSError as error:  # the new one is whole; what could not be deleted is tried again at the next
             print(f"{folder}: an old checkpoint was not deleted: {error}", file=sys.stderr, flush=True)
+        if job.push:
+            job.push.start()
 
     state = asdict(progress) | {"data": job.manifest.fingerprint()}
-    job.saver.save(progress.step, job.training_model, job.inner_optimizer, state, then=prune)
+    job.saver.save(progress.step, job.training_model, job.inner_optimizer, state, then=when_whole)
 
 
 def load_checkpoint(job: Job, resume: str | None, eval_only: bool) -> Progress:

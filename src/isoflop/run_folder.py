@@ -12,7 +12,6 @@ import platform
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,13 +76,16 @@ class RunFolder:
         key = f"output.run_dir = {str(self.path)!r}"
         self._lock = lock(self.path / "lock", key, "wait for that run, stop it, or set another output.run_dir")
 
-    def write_start(self, recipe: Recipe, launch: dict[str, Any]) -> None:
-        """The resolved recipe, and the environment of this launch with those of earlier ones behind it."""
+    def write_start(self, recipe: Recipe, launch: dict[str, Any], command: list[str]) -> None:
+        """The resolved recipe, and the environment of this launch (by `command`) with those of earlier ones behind it."""
         write_aside(self.path / "recipe.yaml", to_yaml(recipe))
         file = self.path / "environment.json"
         previous = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         earlier = [] if previous is None else [*previous.pop("earlier_launches"), previous]
-        write_aside(file, json.dumps({**environment(), "launch": launch, "earlier_launches": earlier}, indent=1) + "\n")
+        write_aside(
+            file,
+            json.dumps({**environment(), "command": command, "launch": launch, "earlier_launches": earlier}, indent=1) + "\n",
+        )
 
     def export(self, write: Callable[[Path], None]) -> None:
         """Replace `model/` by what `write` puts into a folder aside."""
@@ -112,7 +114,6 @@ def environment() -> dict[str, Any]:
             "memory_bytes": psutil.virtual_memory().total,
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "command": sys.argv,
     }
 
 

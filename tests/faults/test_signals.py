@@ -34,6 +34,7 @@ PHASES = {
     "compile and warm-up": ("isoflop.pretrain", "settle_buckets", 1, None),
     "mid-accumulation": ("accelerate", "Accelerator.backward", 15, 5),  # 2 settle DDP's buckets, then 2 a step: inside step 7
     "evaluation": ("isoflop.validation", "share_of_process", 1, 5),
+    "a downstream task": ("isoflop.harness", "InMemory._model_call", 3, 5),
     "saving": ("isoflop.checkpoint.saver", "Saver._write", 1, 5),
 }
 
@@ -58,9 +59,11 @@ def undisturbed_pair(toy_tree, ranks, tmp_path_factory):
 
 
 BOTH, ONE = "0 1", "1"
+TASKS = {"evaluation__tasks": {"quick": 5}, "evaluation__task_documents": 20}
 CASES = [
     ("2gpu_ddp", phase, number, told) for phase in PHASES for number in (signal.SIGTERM, signal.SIGUSR1) for told in (BOTH, ONE)
 ]
+CASES = [case for case in CASES if case[1] != "a downstream task" or case[2:] == (signal.SIGTERM, ONE)]  # seconds each
 CASES += [(config, phase, signal.SIGTERM, BOTH) for config in ("2gpu_fsdp2", "2gpu_zero1") for phase in PHASES]
 
 
@@ -70,7 +73,7 @@ def test_two_ranks_agree_save_and_leave(config, phase, number, told, write_recip
     module, name, call, least = PHASES[phase]
     if phase == "mid-accumulation" and config != "2gpu_ddp":
         call -= 2  # only DDP has buckets to settle
-    file = write_recipe(training__micro_batch_size=2)
+    file = write_recipe(training__micro_batch_size=2, **(TASKS if phase == "a downstream task" else {}))
     code = TOLD.format(module=module, name=name, call=call, ranks=told.split(), number=int(number))
     launched = ranks.start(config, file, code=code)
     assert launched.wait(timeout=120) == [EXIT_RESUME] * 2, launched.text()

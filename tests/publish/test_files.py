@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, metrics_of
+from conftest import metrics_of
 
 from isoflop.errors import UserError
 from isoflop.publish.files import EVENTS, event_file, run_files, start_time
-from isoflop.publish.redaction import published_environment, published_recipe, published_results
+from isoflop.publish.redaction import CHECKOUT, published_environment, published_recipe, published_results
 from isoflop.recipe_file import load_recipe, parse_yaml
 from isoflop.run_folder import RunFolder
 
@@ -18,7 +18,7 @@ LAUNCH = {
     "versions": {"torch": "2.13.0"},
     "commit": "abc",
     "hardware": {"host": "node-17", "platform": "Linux", "cpu_cores": 2, "memory_bytes": 1, "gpus": ["NVIDIA H100"]},
-    "command": [f"{ROOT}/scripts/pretrain.py", "/home/ada/my recipes/x.yaml", "output.run_dir=/scratch/ada/x"],
+    "command": [f"{CHECKOUT}/scripts/pretrain.py", "/home/ada/my recipes/x.yaml", "output.run_dir=/scratch/ada/x"],
     "launch": {"num_processes": 1, "device": "cuda:0"},
 }
 

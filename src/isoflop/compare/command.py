@@ -9,6 +9,7 @@ from typing import Any
 from isoflop.compare.figure import AXES, draw
 from isoflop.compare.runs import NATS, compare
 from isoflop.disk import write_aside
+from isoflop.errors import UserError
 from isoflop.tables import markdown, table
 
 HEADER = [
@@ -20,7 +21,10 @@ def compare_command(paths: list[str], out: str, as_json: bool) -> int:
     """Print the comparison of some runs and write it to `out`; returns the exit code."""
     runs, found = compare(paths)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from None
     text = json.dumps(found, indent=1) + "\n"
     write_aside(folder / "comparison.json", text)
     write_aside(folder / "comparison.md", page(found, markdown) + "\n\n![the curves](comparison.png)\n")
@@ -32,7 +36,7 @@ def compare_command(paths: list[str], out: str, as_json: bool) -> int:
 def page(found: dict[str, Any], make: Any) -> str:
     """The comparison as text, its tables made by `make`."""
     names = [run["name"] for run in found["runs"]]
-    parts = [make(HEADER, [_run_row(run) for run in found["runs"]]), _note(found["unit"])]
+    parts = [make(HEADER, [_run_row(run) for run in found["runs"]]), _note(found)]
     if found["at_equal_cost"]:
         header = ["at equal cost", "cost", f"{names[0]} ({found['unit']})", "this run", "ahead by"]
         parts.append(make(header, [_equal_row(row) for row in found["at_equal_cost"]]))
@@ -42,10 +46,14 @@ def page(found: dict[str, Any], make: Any) -> str:
     return "\n\n".join(parts)
 
 
-def _note(unit: str) -> str:
-    if unit == NATS:
+def _note(found: dict[str, Any]) -> str:
+    if found["unit"] == NATS:
         return "Same tokenizer and data: losses compare in nats per token."
-    return "Tokenizers or data differ: losses in nats per token do not compare, bits per byte do (of the same validation text)."
+    alike = "".join(f"\nSame tokenizer and data: {', '.join(names)}." for names in found["same_data"] if len(names) > 1)
+    return (
+        "Tokenizers or data differ: losses in nats per token do not compare, bits per byte do (of the same validation text)."
+        + alike
+    )
 
 
 def _run_row(run: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ Losses in nats per token compare only over the same tokenizer and data; runs tha
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
@@ -99,6 +100,7 @@ def compare(paths: list[str]) -> tuple[list[Run], dict[str, Any]]:
     scores = {run.name: scores_of_run(run) for run in runs}
     return runs, {
         "unit": unit,
+        "same_data": [[run.name for run in alike] for alike in by_data(runs)],
         "runs": [facts(run) for run in runs],
         "at_equal_cost": [
             at_equal_cost(runs[0], other, axis, unit) for other in runs[1:] for axis in ("tokens", "flops", "hours")
@@ -107,10 +109,18 @@ def compare(paths: list[str]) -> tuple[list[Run], dict[str, Any]]:
     }
 
 
+def by_data(runs: list[Run]) -> list[list[Run]]:
+    """The runs by tokenizer and data, as their recipes have them: within a group, losses compare in nats per token."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        sections = run.recipe.model_dump(mode="json", include={"tokenizer", "data"}, exclude={"data": {"prepared_dir"}})
+        groups.setdefault(json.dumps(sections, sort_keys=True), []).append(run)
+    return list(groups.values())
+
+
 def common_unit(runs: list[Run]) -> str:
     """The unit in which all the runs' losses compare. Raises `UserError` where a run that needs one has no bytes per token."""
-    of = [run.recipe.model_dump(include={"tokenizer", "data"}, exclude={"data": {"prepared_dir"}}) for run in runs]
-    if all(sections == of[0] for sections in of):
+    if len(by_data(runs)) == 1:
         return NATS
     if lacking := [run for run in runs if run.bytes_per_token is None]:
         raise UserError(
