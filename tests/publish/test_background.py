@@ -64,11 +64,6 @@ def test_a_run_pushes_its_checkpoints_and_then_itself(hub, pretrain, toy_recipe,
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "at5").num_parameters() == 28_832
 
 
-def test_only_the_steps_asked_for_are_pushed(hub, pretrain, write_recipe):
-    finished(pretrain(write_recipe(hub__repo_id=NAME, hub__push_every=10)))
-    assert set(hub.repositories["models", NAME].tags) == {"step-10"}
-
-
 def test_a_hub_that_does_not_answer_stops_nothing(hub, pretrain, write_recipe, undisturbed):
     hub.shutdown()
     hub.server_close()
@@ -80,20 +75,11 @@ def test_a_hub_that_does_not_answer_stops_nothing(hub, pretrain, write_recipe, u
     assert f"publish it with: python scripts/publish.py {load_recipe(file).output.run_dir}" in output
 
 
-@pytest.mark.parametrize(
-    ("token", "repo_id", "said"),
-    [
-        (None, NAME, "there is no token for the Hub here; run: hf auth login"),
-        ("hf_wrong", NAME, "hub.repo_id = 'alice/toy'"),
-        ("hf_alice", "bob/toy", "the token is that of alice, who is not bob"),
-        ("hf_alice", "toy", "is not a name on the Hub; give user/name"),
-    ],
-)
-def test_what_the_end_would_fail_on_is_said_before_the_start(pretrain, write_recipe, token, repo_id, said):
-    file = write_recipe(hub__repo_id=repo_id)
-    output = finished(pretrain(file, token=token), code=2)
-    assert said in output
-    assert "hf_wrong" not in output
+def test_what_the_end_would_fail_on_is_said_before_the_start(pretrain, write_recipe):
+    """Each refusal has its test in test_publish.py."""
+    file = write_recipe(hub__repo_id="bob/toy")
+    output = finished(pretrain(file), code=2)
+    assert "hub.repo_id = 'bob/toy': the token is that of alice, who is not bob" in output
     assert not Path(load_recipe(file).output.run_dir).exists()
 
 
