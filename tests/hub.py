@@ -17,17 +17,17 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import pytest
 from hub_writing import Account, File, Repository, Writing, git_oid
 
-VERBS = "(?P<verb>tree|revision|paths-info|refs)(/(?P<revision>[^/]+)/?(?P<path>.*))?"
+VERBS = "(?P<verb>tree|revision|paths-info|refs|commits)(/(?P<revision>[^/]+)/?(?P<path>.*))?"
 API = re.compile(f"/api/(?P<type>models|datasets)/(?P<name>.+?)(/{VERBS})?")
 FILE = re.compile("(/(?P<type>datasets))?/(?P<name>.+?)/(?P<verb>resolve)/(?P<revision>[^/]+)/(?P<path>.+)")
 GRANTED = "hf_granted"  # the token of an account that has access to the gated repositories
 READABLE = ("README.md", ".gitattributes")  # in a gated repository too, as are its commits and its tree
-PAGE = 1000  # entries of a tree that the Hub lists at once
+PAGE = 1000  # entries that the Hub lists at once: of a tree, or of commits (there it is 50)
 
 
 def entries(files, folder="", recursive=True):
@@ -66,11 +66,11 @@ class Hub(ThreadingHTTPServer):
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         contents = {path.relative_to(folder).as_posix(): path for path in paths}
         files = {name: File(path, path.stat().st_size, git_oid(path.read_bytes()), None) for name, path in contents.items()}
-        repository = self.repositories.setdefault((f"{repo_type}s", name), Repository(name, gated, False, {}, {}, {}))
+        repository = self.repositories.setdefault((f"{repo_type}s", name), Repository(name, gated=gated))
         return repository.commit(revision, files)
 
     def account(self, token, name, role="write"):
-        """Make a token known; its role is "write" or "read"."""
+        """Make a token of a user known; its role is "write" or "read"."""
         self.accounts[token] = Account(name, role)
         return token
 
@@ -142,11 +142,8 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         if url.path == "/api/whoami-v2":
             return self.whoami()
         asked = FILE.fullmatch(url.path) or API.fullmatch(url.path)
-        repository = asked and self.server.repositories.get((asked["type"] or "models", unquote(asked["name"])))
-        account = self.account()
-        if not repository or (repository.private and not (account and asked["name"].startswith(f"{account.name}/"))):
-            # The Hub's own 401 has no code, but clients take such a one for a missing repository over https only.
-            return self._error(401, "Invalid username or password.", "RepoNotFound")
+        if (repository := self.repository(asked)) is None:
+            return None
         if asked["verb"] == "refs":
             return self.refs(repository)
         revision, path = unquote(asked["revision"] or "main"), unquote(asked["path"] or "")
@@ -157,6 +154,8 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         query = parse_qs(f"{url.query}&{form}")
         if asked["verb"] == "tree":
             return self._tree(repository, commit, path, query)
+        if asked["verb"] == "commits":
+            return self._page(repository.history(commit), query)
         if asked["verb"] == "paths-info":
             return self._json([entry for entry in entries(repository.commits[commit]) if entry["path"] in query["paths"]])
         siblings = [{"rfilename": path} for path in repository.commits[commit]]
@@ -171,12 +170,14 @@ class _Handler(Writing, BaseHTTPRequestHandler):
         return self.do_GET() if "/paths-info/" in self.path else super().do_POST()
 
     def _tree(self, repository, commit, folder, query):
-        recursive = query.get("recursive", ["false"])[0]
-        listed = entries(repository.commits[commit], folder, recursive == "true")
+        listed = entries(repository.commits[commit], folder, query.get("recursive") == ["true"])
         if folder and not listed:
             return self._error(404, f"{folder} does not exist", "EntryNotFound")
+        return self._page(listed, query)
+
+    def _page(self, listed, query):
         end = int(query.get("cursor", ["0"])[0]) + PAGE
-        more = f"<{self.server.url}{self.path.partition('?')[0]}?recursive={recursive}&cursor={end}>"
+        more = f"<{self.server.url}{urlsplit(self.path).path}?{urlencode(query | {'cursor': end}, doseq=True)}>"
         return self._json(listed[end - PAGE : end], headers={"Link": f'{more}; rel="next"'} if end < len(listed) else {})
 
     def _file(self, repository, name, commit, path, after):
@@ -185,7 +186,7 @@ class _Handler(Writing, BaseHTTPRequestHandler):
             return self._error(403 if token else 401, f"Access to {name} is restricted.", "GatedRepo")
         if not (file := repository.commits[commit].get(path)):
             return self._error(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit})
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
         if file.sha256:
             headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": file.size}
         start, end = 0, file.size
