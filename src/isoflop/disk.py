@@ -43,3 +43,17 @@ def lock(file: Path, key: str, remedy: str) -> IO[str]:
     held.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
     held.flush()
     return held
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process holds a lock of `lock`."""
+    if not file.exists():
+        return False
+    with file.open("r+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no locks on this file system
+            return False
+    return False

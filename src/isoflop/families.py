@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from isoflop import cost
 from isoflop.errors import UserError, nearest
-from isoflop.recipe import Gpt2Model, LlamaModel, Model
+from isoflop.recipe import Gpt2Model, LlamaModel, Model, Recipe
 from isoflop.recipe_file import load_recipe
 
 ASPECT_RATIO = (16, 256)  # width / layers. Kaplan et al. 2020, figure 5: within 2-3% of the best loss from about 10 to 300
@@ -180,10 +180,14 @@ def family(name: str) -> Family:
         published = PUBLISHED_MODELS[name]
         return _around(name, published.model, published.sequence_length, _training_recipe(published.model))
     if name.endswith((".yaml", ".yml")):
-        recipe = load_recipe(name)
-        return _around(name, recipe.model, recipe.training.sequence_length, name)
+        return family_of(load_recipe(name), name)
     known = [*FAMILIES, *PUBLISHED_MODELS]
     raise UserError(f"--family {name}: not a family, a published model or a recipe{nearest(name, known)}")
+
+
+def family_of(recipe: Recipe, path: str) -> Family:
+    """Smaller and larger models by a recipe's ratios."""
+    return _around(path, recipe.model, recipe.training.sequence_length, path)
 
 
 def _around(name: str, model: Model, sequence_length: int, recipe: str) -> Family:

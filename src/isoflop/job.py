@@ -35,6 +35,7 @@ from isoflop.optim import build_optimizer
 from isoflop.publish.background import BackgroundPush
 from isoflop.recipe import Evaluation, Recipe, differences, require_whole_steps
 from isoflop.run_folder import RunFolder
+from isoflop.scaling.laws import Forecast, Law, load_law
 from isoflop.stop import StopRequest, grace_s
 
 # Up to here every byte of the prepared data is hashed at each start (seconds); beyond, sizes alone are compared.
@@ -69,6 +70,8 @@ class Job:
     """On the main process, where the recipe names a repository."""
     downstream: Any
     """`harness.Downstream` where the recipe names tasks, else None: lm-eval takes seconds to import."""
+    law: Law | None
+    """What the run is held against."""
     memory_before_bytes: int
     """Peak of the process before the model was built: on CPU interpreter and libraries, on a GPU nothing."""
 
@@ -112,6 +115,10 @@ class Job:
         recipe, launch = self.recipe, launch_of(self.accelerator)
         return cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, launch)
 
+    def promised(self) -> Forecast | None:
+        """The last validation loss that the law predicts."""
+        return self.law and self.law.promise(self.recipe.model, self.num_steps * self.recipe.training.tokens_per_step)
+
     def mfu(self, tokens_per_s: float) -> float | None:
         """Share of the datasheet FLOP/s of all devices that a rate makes use of; None where the hardware is not known."""
         if self.accelerator.device.type != "cuda":
@@ -149,6 +156,7 @@ def check_data(recipe: Recipe, every_byte: bool) -> Manifest:
 def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop: StopRequest) -> Job:
     """Model, optimizer and data of a run. Raises `UserError` when launch and recipe do not fit."""
     require_engine_can(recipe, launch_of(accelerator).engine)
+    law = load_law(recipe.law) if recipe.law else None
     accumulation = require_whole_steps(recipe.training, accelerator.num_processes)
     set_step(accelerator, recipe, accumulation)
     before = peak_memory_bytes(accelerator.device)
@@ -182,6 +190,7 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
         accumulation=accumulation,
         push=BackgroundPush(RunFolder(recipe.output.run_dir)) if recipe.hub.repo_id and accelerator.is_main_process else None,
         downstream=downstream,
+        law=law,
         memory_before_bytes=before,
     )
 
@@ -261,6 +270,13 @@ def describe(job: Job) -> list[str]:
         f"disk: a checkpoint takes about {checkpoint_bytes:,} bytes, {recipe.output.keep_last} are kept"
         f" and one more is being written; {job.folder.free_bytes():,} bytes are free at {job.folder.path}",
     ]
+    if job.law and (promised := job.promised()):
+        size = job.law.size(recipe.model)
+        beyond = "; ".join(job.law.extrapolates(size, tokens))
+        lines.append(
+            f"law: {job.law.name} predicts a last validation loss of {told(promised)}"
+            + (f"; an extrapolation: {beyond}" if beyond else "")
+        )
     if checkpoint_bytes / SAVE_BYTES_PER_S > grace_s():
         lines.append(
             f"note: {grace_s():.0f} s after a signal this launcher ends its processes, and a checkpoint may take longer; set"
@@ -269,6 +285,12 @@ def describe(job: Job) -> list[str]:
     if recipe.schedule.warmup_steps >= job.num_steps:
         lines.append(f"note: schedule.warmup_steps = {recipe.schedule.warmup_steps} covers the whole run: the rate never falls")
     return lines
+
+
+def told(forecast: Forecast) -> str:
+    """A forecast with its interval."""
+    interval = f" (90%: {forecast.interval[0]:.4f} to {forecast.interval[1]:.4f})" if forecast.interval else " (no interval)"
+    return f"{forecast.loss:.4f}{interval}"
 
 
 def shares_of_run(job: Job) -> list[str]:
@@ -287,7 +309,7 @@ def require_disk(job: Job) -> None:
     output, there = job.recipe.output, len(list_checkpoints(job.folder.checkpoints))
     kept = min(output.keep_last, -(-job.num_steps // output.checkpoint_every)) + 1
     kept += 1  # the one with the least validation loss
-    kept += job.num_steps // output.keep_every if output.keep_every else 0
+    kept += len(output.checkpoint_at) + (job.num_steps // output.keep_every if output.keep_every else 0)
     checkpoint_bytes = cost.checkpoint_bytes(job.recipe.model, job.recipe.optimizer)
     needed = max(1, kept - there) * checkpoint_bytes + 4 * cost.parameters(job.recipe.model)
     if (free := job.folder.free_bytes()) < needed:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from isoflop.errors import UserError
+from isoflop.scaling.laws import Forecast
 
 Row = dict[str, Any]
 
@@ -164,8 +165,13 @@ def whole(value: torch.Tensor) -> float:
     return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
-def draw_curve(rows: list[Row], file: Path, title: str, unigram_entropy_nats: float) -> None:
-    """Training and validation loss against tokens, token frequencies alone for scale; downstream scores below where there are."""
+def draw_curve(
+    rows: list[Row], file: Path, title: str, unigram_entropy_nats: float, promised: Forecast | None = None, total_tokens: int = 0
+) -> None:
+    """Training and validation loss against tokens, token frequencies alone for scale; downstream scores below where there are.
+
+    What a law `promised` of the run's end, after `total_tokens`, stands there with its interval, and each forecast on the way.
+    """
     import matplotlib.figure
 
     scores = sorted({key for row in rows for key in row if "/" in key and not key.endswith("_stderr")})
@@ -179,6 +185,8 @@ def draw_curve(rows: list[Row], file: Path, title: str, unigram_entropy_nats: fl
     axes.plot(
         [r["tokens"] for r in validated], [r["val_loss"] for r in validated], "o-", color="#d1495b", label="validation loss"
     )
+    if promised:
+        _draw_promise(axes, rows, promised, total_tokens)
     axes.axhline(unigram_entropy_nats, color="#777777", linestyle="--", linewidth=1, label="token frequencies alone")
     axes.set(ylabel="loss (nats per token)", title=title)
     for panel in below:
@@ -191,6 +199,19 @@ def draw_curve(rows: list[Row], file: Path, title: str, unigram_entropy_nats: fl
     aside = file.with_suffix(".partial.png")
     figure.savefig(aside, dpi=120)
     aside.replace(file)
+
+
+def _draw_promise(axes: Any, rows: list[Row], promised: Forecast, total_tokens: int) -> None:
+    """The law's prediction at the run's end, and where forecasts on the way saw that end."""
+    low, high = promised.interval or (promised.loss, promised.loss)
+    errors = [[promised.loss - low], [high - promised.loss]]
+    axes.errorbar([total_tokens], [promised.loss], errors, fmt="D", color="#2e8b57", capsize=4, label="predicted by the law, 90%")
+    seen = [row for row in rows if "forecast_loss" in row]
+    if seen:
+        tokens = [row["tokens"] for row in seen]
+        axes.plot(tokens, [row["forecast_loss"] for row in seen], "--", color="#e08e0b", label="forecast of the last loss, 90%")
+        bounds = ([row[key] for row in seen] for key in ("forecast_low", "forecast_high"))
+        axes.fill_between(tokens, *bounds, color="#e08e0b", alpha=0.25, linewidth=0)
 
 
 def _draw_scores(axes: Any, rows: list[Row], scores: list[str]) -> None:

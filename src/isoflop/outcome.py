@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from typing import Any
@@ -13,10 +14,11 @@ from accelerate.utils import gather_object
 from isoflop import cost
 from isoflop.errors import UserError
 from isoflop.export import export_checkpoint
-from isoflop.job import Job
+from isoflop.job import Job, told
 from isoflop.metrics import MetricsLog, Row
 from isoflop.recipe import Recipe
 from isoflop.run_folder import RunFolder
+from isoflop.scaling.laws import Forecast
 from isoflop.scores import scores_of, write_results
 from isoflop.validation import bits_per_byte, sample_texts
 
@@ -90,7 +92,32 @@ def summarize(job: Job, rows: list[Row]) -> dict[str, Any]:
         "predicted_memory_bytes": job.predicted_memory().total + job.memory_before_bytes,
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
         "elapsed_s": last["elapsed_s"],
+    } | prediction(job, last["val_loss"])
+
+
+def prediction(job: Job, measured: float) -> dict[str, Any]:
+    """What the recipe's law predicted, beside what came out; nothing where it names no law."""
+    promised = job.promised()
+    if promised is None:
+        return {}
+    low, high = promised.interval or (math.nan, math.nan)
+    return {
+        "law": job.recipe.law,
+        "predicted_loss": promised.loss,
+        "predicted_loss_interval": promised.interval,
+        "prediction_error": promised.loss / measured - 1,
+        "inside_interval": low <= measured <= high if promised.interval else None,
     }
+
+
+def forecast(job: Job, log: MetricsLog, row: Row) -> dict[str, float]:
+    """From mid-run on, the last validation loss that the law's runs foretell from this one, for the metrics."""
+    share = row["step"] / job.num_steps
+    ahead = job.law.forecast(row["val_loss"], share, job.recipe.schedule.name) if job.law else None
+    if ahead is None or ahead.interval is None:
+        return {}
+    log.say(f"step {row['step']}: forecast of the last validation loss: {told(ahead)}")
+    return {"forecast_loss": ahead.loss, "forecast_low": ahead.interval[0], "forecast_high": ahead.interval[1]}
 
 
 def report(folder: RunFolder, summary: dict[str, Any]) -> None:
@@ -104,6 +131,12 @@ def report(folder: RunFolder, summary: dict[str, Any]) -> None:
         f" MFU {mfu}\npeak memory {s['peak_memory_bytes']:,} bytes, predicted {s['predicted_memory_bytes']:,}"
         + ("" if torch.cuda.is_available() else " (a CPU's allocator keeps more for reuse)")
     )
+    if "law" in s:
+        inside = {True: ", inside the interval", False: ", outside the interval", None: ""}[s["inside_interval"]]
+        print(
+            f"law {s['law']} predicted {told(Forecast(s['predicted_loss'], s['predicted_loss_interval']))}, measured"
+            f" {s['val_loss']:.4f}: {s['prediction_error']:+.2%}{inside}"
+        )
     for text in s["samples"]:
         print(f"sample: {text}")
     print(f"loss curve: {folder.curve}\nmodel: {folder.model}", flush=True)

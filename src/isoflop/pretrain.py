@@ -22,9 +22,9 @@ from isoflop.errors import UserError
 from isoflop.job import Job, build_job, check_data, describe, require_disk
 from isoflop.metrics import MetricsLog, Row, draw_curve, layer_norms, peak_memory_bytes, start_trackers, whole
 from isoflop.optim import learning_rate
-from isoflop.outcome import finish, push_to_hub, report, run_downstream, write_samples
+from isoflop.outcome import finish, forecast, push_to_hub, report, run_downstream, write_samples
 from isoflop.publish.upload import check_hub
-from isoflop.recipe import Recipe, flatten
+from isoflop.recipe import Output, Recipe, flatten
 from isoflop.recipe_file import to_yaml
 from isoflop.resume import NEWEST, Progress, load_checkpoint, roll_back, save_checkpoint
 from isoflop.run_folder import RunFolder
@@ -118,14 +118,18 @@ def train(job: Job, log: MetricsLog, progress: Progress) -> bool:
         if row:
             progress.step, progress.row, progress.elapsed_s = row["step"], row, time.perf_counter() - started
             row |= {"anomalies": progress.anomalies, "elapsed_s": progress.elapsed_s}
-            saved = progress.step % job.recipe.output.checkpoint_every == 0 or progress.step == job.num_steps
-            if saved:
+            if saved := checkpoint_is_due(job.recipe.output, progress.step, job.num_steps):
                 save_checkpoint(job, log, progress)
         if row is None or not measure(job, log, row):
             if not saved:
                 save_checkpoint(job, log, progress)
             return False
     return True
+
+
+def checkpoint_is_due(output: Output, step: int, last: int) -> bool:
+    """Whether the state behind a step is saved."""
+    return step % output.checkpoint_every == 0 or step in (last, *output.checkpoint_at)
 
 
 def train_step(job: Job, progress: Progress) -> Row | None:
@@ -216,6 +220,7 @@ def measure(job: Job, log: MetricsLog, row: Row) -> bool:
         row["val_loss"] = validate(job)
         if row["val_loss"] is None:
             return False
+        row |= forecast(job, log, row)
     scores = run_downstream(job, log, step)
     if scores is None:
         return False
@@ -224,8 +229,9 @@ def measure(job: Job, log: MetricsLog, row: Row) -> bool:
         write_samples(job, step, log)
     if (due or scores) and job.accelerator.is_main_process:
         title = f"{job.folder.path.name}: {cost.parameters(job.recipe.model) / 1e6:,.1f}M parameters"
+        total_tokens = job.num_steps * job.recipe.training.tokens_per_step
         try:
-            draw_curve(log.rows, job.folder.curve, title, job.validation_facts[1])
+            draw_curve(log.rows, job.folder.curve, title, job.validation_facts[1], job.promised(), total_tokens)
         except OSError as error:  # a picture that can be drawn again
             log.say(f"{job.folder.curve} not drawn: {error}")
     return True

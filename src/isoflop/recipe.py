@@ -223,6 +223,8 @@ class Output(Section):
     """Newest checkpoints that are kept, beside the one with the least validation loss."""
     keep_every: PositiveInt | None = None
     """Checkpoints at multiples of so many steps are kept for good."""
+    checkpoint_at: list[PositiveInt] = []
+    """Further steps with a checkpoint that is kept for good: a sweep's longer runs are where its shorter ones branch off."""
     trackers: list[str] = []
     """Experiment trackers by Accelerate's names: tensorboard, trackio, wandb, mlflow ..."""
     trackers_required: bool = True
@@ -256,6 +258,8 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     output: Output
     hub: Hub = Hub()
+    law: str | None = None
+    """A law that `scripts/fit.py` wrote, or a published one by name: its prediction is held against the run."""
     seed: NonNegativeInt = 1337
     """Initial weights, the order of the windows and dropout follow from it."""
 
@@ -282,7 +286,7 @@ class Recipe(Section):
     def trajectory(self) -> dict[str, Any]:
         """The parts that decide the weights a run ends with, by dotted key: a run folder belongs to these values."""
         free = {"training.micro_batch_size", "training.activation_checkpointing", "training.compile", "data.prepared_dir"}
-        learnt = self.model_dump(mode="json", exclude={"anomalies", "evaluation", "output", "hub"})
+        learnt = self.model_dump(mode="json", exclude={"anomalies", "evaluation", "output", "hub", "law"})
         return {key: value for key, value in flatten(learnt).items() if key not in free}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from isoflop.errors import UserError, nearest
 from isoflop.recipe import Recipe
@@ -65,7 +65,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"recipe {path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        raise UserError(f"recipe {path}: " + "; ".join(explain(e, Recipe) for e in error.errors())) from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -86,12 +86,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value: {' '.join(str(error).split())}") from None
 
 
-def _explain(error: Any) -> str:
-    """One pydantic error as `key = value: rule; remedy`."""
-    names = [name for name, _ in _walk(error["loc"]) if name]
+def explain(error: Any, document: type[BaseModel]) -> str:
+    """One pydantic error of a document as `key = value: rule; remedy`."""
+    names = [name for name, _ in _walk(error["loc"], document) if name]
     key = ".".join(names)
     if error["type"] == "extra_forbidden":
-        *_, (_, section) = _walk(error["loc"][:-1])
+        *_, (_, section) = _walk(error["loc"][:-1], document)
         return f"{key}: unknown key{nearest(names[-1], list(section['properties']))}"
     if error["type"] == "missing":
         return f"{key} is missing; add it"
@@ -101,9 +101,9 @@ def _explain(error: Any) -> str:
     return f"{key} = {error['input']!r}: {message}"
 
 
-def _walk(location: tuple[str | int, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _walk(location: tuple[str | int, ...], document: type[BaseModel]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The steps of a pydantic location, each with the JSON schema found there; the tag of a union has no name in the file."""
-    schema = Recipe.model_json_schema()
+    schema = document.model_json_schema()
     node: dict[str, Any] = schema
     yield "", schema
     for step in location:

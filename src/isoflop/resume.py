@@ -43,7 +43,8 @@ def save_checkpoint(job: Job, log: MetricsLog, progress: Progress) -> None:
     def when_whole() -> None:
         there = [step for step in map(checkpoints.step_of, checkpoints.list_checkpoints(folder)) if step in measured]
         try:
-            checkpoints.prune(folder, output.keep_last, output.keep_every, keep=sorted(there, key=measured.__getitem__)[:1])
+            best = sorted(there, key=measured.__getitem__)[:1]
+            checkpoints.prune(folder, output.keep_last, output.keep_every, keep=best + output.checkpoint_at)
         except OSError as error:  # the new one is whole; what could not be deleted is tried again at the next
             print(f"{folder}: an old checkpoint was not deleted: {error}", file=sys.stderr, flush=True)
         if job.push:

@@ -3,7 +3,7 @@ import pytest
 from conftest import documents_of, rows_of
 
 from isoflop.data import sources
-from isoflop.data.files import hash_files, local_files
+from isoflop.data.files import hash_files, local_files, name_of
 from isoflop.data.sources import open_source
 from isoflop.errors import UserError
 from isoflop.recipe_data import Data
@@ -64,6 +64,15 @@ def test_the_standard_library_without_its_tests():
     assert len(hashes) == len(files) > 400
     assert len(hashes["json/decoder.py"]) == 64
     assert not any(set(name.split("/")) & {"test", "tests", "idle_test", "site-packages"} for name in hashes)
+
+
+def test_the_packages_installed_beside_it():
+    alone, files = (local_files(source(kind=f"python_{which}"), "data.source") for which in ("stdlib", "packages"))
+    assert files[: len(alone)] == alone
+    names = [name_of(file) for file in files]
+    assert len(set(names)) == len(names) > 4 * len(alone)
+    assert {"json/decoder.py", "site-packages/torch/__init__.py"} <= set(names)
+    assert not any(set(name.split("/")) & {"test", "tests"} for name in names)
 
 
 def test_parts_are_whole_files_in_order(fifty_documents, monkeypatch):

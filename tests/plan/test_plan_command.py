@@ -341,7 +341,7 @@ def test_a_small_budget_is_written_with_a_smaller_step(plan, tmp_path):
         ((), r"give one budget: --flops 1.36e21.*given: none"),
         (("--flops", "1e21", "--days", "3"), r"given: --flops, --days"),
         (("--flops", "1e21", "--mfu", "38"), r"--mfu 38 is not within 0 to 1"),
-        (("--flops", "1e21", "--law", "hofman"), r"--law hofman.*did you mean hoffmann"),
+        (("--flops", "1e21", "--law", "hofman"), r"law hofman.*did you mean hoffmann"),
         (("--flops", "1e21", "--constrain-tokens-per-parameter", "30", "10"), r"30 10 is not 0 <= LOW < HIGH; give e.g. 10 30"),
         (("--width", "1000", "--aspect", "32"), r"--width 1000 is not a multiple of --aspect 32.*nearest: 992 or 1024"),
         (("--flops", "1e21", "--constrain-tokens-per-parameter", "10", "inf"), r"10 inf is not 0 <= LOW < HIGH"),

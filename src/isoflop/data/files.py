@@ -17,29 +17,25 @@ from tqdm import tqdm
 from isoflop.data import compression
 from isoflop.disk import sha256
 from isoflop.errors import UserError
-from isoflop.recipe_data import HubSource, PythonStdlibSource, Source
+from isoflop.recipe_data import HubSource, PythonSource, Source
 
 _BLOCK_BYTES = 1 << 20
+_STDLIB, _PACKAGES = (Path(sysconfig.get_paths()[which]) for which in ("stdlib", "purelib"))
 
 compression.register()
 
 
 def local_files(source: Source, key: str) -> list[Path]:
     """The files of a source, in the order in which they are read; none for what is on the Hub."""
-    if isinstance(source, PythonStdlibSource):
-        return _stdlib_files()
+    if isinstance(source, PythonSource):
+        return _python_files(_STDLIB) + (_python_files(_PACKAGES) if source.kind == "python_packages" else [])
     if isinstance(source, HubSource):
         folder = Path(source.name)
         return sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
     return _expand(source.files, key)
 
 
-def _stdlib_root() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
-def _stdlib_files() -> list[Path]:
-    root = _stdlib_root()
+def _python_files(root: Path) -> list[Path]:
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = sorted(f for f in root.rglob("*.py") if not left_out & set(f.relative_to(root).parts))
     return [f for f in files if f.stat().st_size and _is_utf8(f)]  # a few declare another encoding
@@ -66,17 +62,17 @@ def _expand(patterns: list[str], key: str) -> list[Path]:
 
 
 def hash_files(files: list[Path]) -> dict[str, str]:
-    """SHA-256 of local files, by path (of the standard library: relative to it)."""
-    root = _stdlib_root()
+    """SHA-256 of local files, by their names in the manifest."""
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter: about 1 GB/s a thread
         digests = list(tqdm(pool.map(sha256, files), total=len(files), desc="hash sources", unit="file", delay=3))
-    return {name_of(file, root): digest for file, digest in zip(files, digests, strict=True)}
+    return {name_of(file): digest for file, digest in zip(files, digests, strict=True)}
 
 
-def name_of(file: Path, root: Path | None = None) -> str:
-    """A local file's name in the manifest."""
-    root = root or _stdlib_root()
-    return str(file.relative_to(root) if file.is_relative_to(root) else file)
+def name_of(file: Path) -> str:
+    """A local file's name in the manifest; of Python's own sources the same in every environment."""
+    if file.is_relative_to(_PACKAGES):
+        return str(_PACKAGES.name / file.relative_to(_PACKAGES))
+    return str(file.relative_to(_STDLIB) if file.is_relative_to(_STDLIB) else file)
 
 
 def find_fault(file: Path, kind: str) -> str | None:

@@ -22,7 +22,7 @@ from isoflop.data.hub import hub_commit, why_not
 from isoflop.data.json_lines import Piece, read_lines, require_columns
 from isoflop.data.manifest import SplitName
 from isoflop.errors import UserError, nearest
-from isoflop.recipe_data import HubSource, PythonStdlibSource, Source, TextSource
+from isoflop.recipe_data import HubSource, PythonSource, Source, TextSource
 
 # Bytes of source files that make a part: some seconds of work, so that a kill loses little and many processes share it.
 PART_BYTES = 256 * 2**20
@@ -74,7 +74,7 @@ class Table:
     @property
     def columns(self) -> dict[str, str]:
         """The columns that are needed, by the recipe's name for them."""
-        if isinstance(self.source, TextSource | PythonStdlibSource):
+        if isinstance(self.source, TextSource | PythonSource):
             return {"text_column": "text"}
         scored = {"score_column": self.source.score_column} if self.source.score_column else {}
         return {"text_column": self.source.text_column} | scored
@@ -104,7 +104,7 @@ def open_source(source: Source, key: str, commit: str | None = None) -> Opened:
     if isinstance(source, HubSource):
         return _open_hub(source, key, commit)
     files = local_files(source, key)
-    if isinstance(source, TextSource | PythonStdlibSource):
+    if isinstance(source, TextSource | PythonSource):
         sample_by = source.sample_by if isinstance(source, TextSource) else "document"
         return Opened([_table(key, None, _load(key, "text", files, sample_by=sample_by), source, files)], None)
     return Opened([_table_of_files(key, None, source.kind, [str(file) for file in files], source)], None)

@@ -29,7 +29,7 @@ def duration(hours: float | None) -> str:
 
 
 def span(interval: tuple[float, float] | None) -> str:
-    """A loss interval, 10th to 90th percentile."""
+    """A loss interval, 5th to 95th percentile."""
     return f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-"
 
 

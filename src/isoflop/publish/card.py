@@ -54,6 +54,7 @@ def model_card(folder: RunFolder, repo_id: str, license: str | None, revisions: 
         "has_curve": folder.curve.is_file(),
         "has_events": has_tensorboard(),
         "laws": sections.laws(recipe, summary),
+        "own_law": sections.own_law(summary),
         "extrapolations": sections.extrapolations(recipe, summary),
         "scores": score_markdown(scores, summary["parameters"]) if scores else None,
         "prompt": (recipe.evaluation.sample_prompts or ["The"])[0],

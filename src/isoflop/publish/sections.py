@@ -12,8 +12,8 @@ from isoflop import cost
 from isoflop.data.manifest import FILE_NAME, read_manifest
 from isoflop.metrics import Row
 from isoflop.recipe import Recipe
-from isoflop.recipe_data import HubSource, PythonStdlibSource, Source
-from isoflop.scaling.laws import load_law
+from isoflop.recipe_data import HubSource, PythonSource, Source
+from isoflop.scaling.laws import PUBLISHED, load_law
 from isoflop.tables import markdown
 
 LAWS = ("hoffmann", "besiroglu")  # the usual one, and the one whose bootstrap gives an interval
@@ -41,7 +41,9 @@ def data_name(recipe: Recipe) -> str:
 def _source_name(source: Source) -> str:
     if isinstance(source, HubSource):
         return f"{source.name} ({source.config})" if source.config else source.name
-    return "Python's standard library" if isinstance(source, PythonStdlibSource) else f"local files {', '.join(source.files)}"
+    if isinstance(source, PythonSource):
+        return "Python's standard library" + (" and installed packages" if source.kind == "python_packages" else "")
+    return f"local files {', '.join(source.files)}"
 
 
 def architecture(recipe: Recipe) -> str:
@@ -111,15 +113,30 @@ def data(recipe: Recipe, prepared_dir: str, summary: dict[str, Any]) -> str:
 
 
 def laws(recipe: Recipe, summary: dict[str, Any]) -> str:
-    """What published laws say of this model on so many tokens, beside what was measured."""
-    rows = []
-    for name in LAWS:
-        law = load_law(name)
-        size, tokens = law.size(recipe.model), summary["tokens"]
-        interval = law.interval(size, tokens)
-        told = "n/a" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
-        rows.append([name, f"{law.loss(size, tokens):.4f}", told, f"{summary['val_loss']:.4f}"])
+    """What laws say of this model on so many tokens, the run's own first, beside what was measured."""
+    found = {name: (load_law(name), load_law(name).size(recipe.model)) for name in LAWS}
+    told = {
+        name: (float(law.loss(size, summary["tokens"])), law.interval(size, summary["tokens"]))
+        for name, (law, size) in found.items()
+    }
+    if own := own_law(summary):
+        told = {own: (summary["predicted_loss"], summary["predicted_loss_interval"])} | told
+    rows = [
+        [
+            name,
+            f"{loss:.4f}",
+            "n/a" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
+            f"{summary['val_loss']:.4f}",
+        ]
+        for name, (loss, interval) in told.items()
+    ]
     return markdown(["law", "predicted loss", "interval", "measured validation loss"], rows)
+
+
+def own_law(summary: dict[str, Any]) -> str | None:
+    """The law that the run was held against, where it is no published one."""
+    law: str | None = summary.get("law")
+    return None if law in PUBLISHED else law
 
 
 def extrapolations(recipe: Recipe, summary: dict[str, Any]) -> list[str]:

@@ -26,11 +26,13 @@ from isoflop.recipe_file import parse_yaml
 PUBLISHED = ("hoffmann", "hoffmann-rounded", "besiroglu", "kaplan")
 DEFAULT_LAW = "hoffmann"
 COEFFICIENTS = {"chinchilla": ("E", "A", "alpha", "B", "beta"), "kaplan": ("N_c", "alpha_N", "D_c", "alpha_D")}
-INTERVAL = (0.1, 0.9)  # Hoffmann et al. 2022 give the 10th and 90th percentile of their bootstrap
+INTERVAL = (0.05, 0.95)  # percentiles of all intervals here: they hold nine times in ten
+NORMAL_90 = 1.645  # standard deviations of a normal distribution on either side of the mean, for the same share
 PF_DAY = 8.64e19  # FLOPs: 1e15 a second for a day, the unit of compute of Kaplan et al. 2020
 
 
 Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Signed = Annotated[float, Field(allow_inf_nan=False)]
 EXPONENTS = {"alpha", "beta", "alpha_N", "alpha_D"}
 EXPONENT_RANGE = (0.001, 10.0)  # beyond it powers of N and D overflow, and no law lies there
 
@@ -49,6 +51,22 @@ class FittedOn(Section):
         return self
 
 
+class Progress(Section):
+    """How far losses on the way lie above the last one, in the runs that a law was fitted to."""
+
+    schedule: str
+    """Of the learning rate, which decides it."""
+    gaps: list[tuple[Signed, Signed, Signed]] = Field(strict=False)
+    """Share of the tokens; over the runs, mean and standard deviation of log(last validation loss / that one). Shares rise."""
+
+
+class Forecast(NamedTuple):
+    """A loss that is not measured yet, in nats per token, with its 90% interval."""
+
+    loss: float
+    interval: tuple[float, float] | None
+
+
 class Law(Section):
     """Loss as a function of parameters N and tokens D.
 
@@ -65,6 +83,9 @@ class Law(Section):
     fitted_on: FittedOn | None = None
     draws: list[list[Finite]] = []
     """Bootstrap draws of the coefficients, in the order of `COEFFICIENTS`; an interval comes from these."""
+    residuals: list[Signed] = []
+    """log(measured / fitted) of the runs it was fitted to: how far a single run falls from the law."""
+    progress: Progress | None = None
 
     @checked_by(mode="after")
     def _coefficients_are_the_forms(self) -> Self:
@@ -91,12 +112,35 @@ class Law(Section):
         return self._powers(self._values()).loss(np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float))
 
     def interval(self, parameters: float, tokens: float) -> tuple[float, float] | None:
-        """10th and 90th percentile of the loss over the fit's draws, about the law and not a run; None without draws."""
+        """5th and 95th percentile of the loss over the fit's draws, about the law and not a run; None without draws."""
         if not self.draws:
             return None
-        losses = self._powers(np.asarray(self.draws).T).loss(np.asarray(parameters), np.asarray(tokens))
-        low, high = np.quantile(losses, INTERVAL)
+        low, high = np.quantile(self._drawn(parameters, tokens), INTERVAL)
         return float(low), float(high)
+
+    def promise(self, model: Model, tokens: float) -> Forecast:
+        """The loss of one run; its interval is over the draws and, where the law has them, the residuals of single runs."""
+        size = self.size(model)
+        if not self.draws:
+            return Forecast(float(self.loss(size, tokens)), None)
+        scattered = np.outer(self._drawn(size, tokens), np.exp(self.residuals or [0.0]))
+        low, high = np.quantile(scattered, INTERVAL)
+        return Forecast(float(self.loss(size, tokens)), (float(low), float(high)))
+
+    def forecast(self, loss: float, share: float, schedule: str) -> Forecast | None:
+        """The last validation loss of a run that has `loss` after a share of its tokens; None where the law's runs do not tell.
+
+        They tell from their first share on, under the same schedule of the learning rate.
+        """
+        if self.progress is None or schedule != self.progress.schedule or not self.progress.gaps[0][0] <= share < 1:
+            return None
+        shares, means, deviations = np.array([*self.progress.gaps, (1.0, 0.0, 0.0)]).T
+        mean, deviation = np.interp(share, shares, means), np.interp(share, shares, deviations)
+        low, middle, high = loss * np.exp([mean - NORMAL_90 * deviation, mean, mean + NORMAL_90 * deviation])
+        return Forecast(float(middle), (float(low), float(high)))
+
+    def _drawn(self, parameters: float, tokens: float) -> NDArray[np.float64]:
+        return self._powers(np.asarray(self.draws).T).loss(np.asarray(parameters), np.asarray(tokens))
 
     def optimum(self, flops: float) -> tuple[float, float]:
         """Parameters and tokens of the law's own least loss at C = 6 N D (Hoffmann et al. 2022, equation 4), in closed form.
@@ -151,16 +195,16 @@ def load_law(name_or_path: str) -> Law:
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(tree, dict) or "form" not in tree:
-            raise UserError(f"--law {name_or_path}: not a law: a YAML mapping of form, coefficients, counts, source")
+            raise UserError(f"law {name_or_path}: not a law: a YAML mapping of form, coefficients, counts, source")
         return Law.model_validate(tree | {"name": name_or_path})
     except OSError:
         hint = nearest(name_or_path, list(PUBLISHED))
-        raise UserError(f"--law {name_or_path}: neither a published law nor a file that can be read{hint}") from None
+        raise UserError(f"law {name_or_path}: neither a published law nor a file that can be read{hint}") from None
     except (UnicodeDecodeError, yaml.YAMLError):
-        raise UserError(f"--law {name_or_path}: not YAML; a law is a mapping of form, coefficients, counts, source") from None
+        raise UserError(f"law {name_or_path}: not YAML; a law is a mapping of form, coefficients, counts, source") from None
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())
-        raise UserError(f"--law {name_or_path}: {faults.removeprefix(': ')}") from None
+        raise UserError(f"law {name_or_path}: {faults.removeprefix(': ')}") from None
 
 
 def effective_tokens(tokens: float, unique_tokens: float) -> float:

@@ -1,0 +1,112 @@
+"""Where a sweep stands: what has run, what is left, and for how long; as its folders have it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from isoflop.disk import is_locked
+from isoflop.metrics import read_rows
+from isoflop.run_folder import RunFolder
+from isoflop.sweep.design import Run
+from isoflop.tables import table
+
+HEADER = ["run", "N", "D", "D/N", "FLOPs", "peak rate", "tokens/step", "steps", "state", "val. loss", "hours", "left"]
+
+
+class State(NamedTuple):
+    """One run as its folder has it."""
+
+    run: Run
+    what: Literal["finished", "running", "stopped", "waiting"]
+    steps_done: int
+    elapsed_s: float
+    val_loss: float | None
+
+    @property
+    def flops_left(self) -> float:
+        """What is still to be computed."""
+        return self.run.flops * (1 - self.steps_done / self.run.steps)
+
+
+def state_of(run: Run) -> State:
+    """Read a run's folder, which may not be there yet."""
+    folder = RunFolder(run.recipe.output.run_dir)
+    if summary := folder.finished():
+        return State(run, "finished", run.steps, summary["elapsed_s"], summary["val_loss"])
+    rows = read_rows(folder.metrics, last_step=sys.maxsize)
+    done, elapsed_s = (rows[-1]["step"], rows[-1]["elapsed_s"]) if rows else (0, 0.0)
+    if is_locked(folder.path / "lock"):
+        return State(run, "running", done, elapsed_s, None)
+    return State(run, "stopped" if done else "waiting", done, elapsed_s, None)
+
+
+def seconds_left(states: list[State]) -> list[float | None]:
+    """Each run's time to its end, at the FLOP/s of the run nearest in N that has steps behind it; None before there is one."""
+    paces = {
+        state.run.parameters: state.run.flops * state.steps_done / state.run.steps / state.elapsed_s
+        for state in states
+        if state.elapsed_s
+    }
+
+    def left(state: State) -> float | None:
+        if not paces:
+            return None
+        return state.flops_left / paces[min(paces, key=lambda n: abs(math.log(n / state.run.parameters)))]
+
+    return [left(state) for state in states]
+
+
+def report(states: list[State]) -> str:
+    """The table, and a line of what is left."""
+    left = seconds_left(states)
+    rows = [_row(state, seconds) for state, seconds in zip(states, left, strict=True)]
+    unfinished = [seconds for state, seconds in zip(states, left, strict=True) if state.what != "finished"]
+    known = [seconds for seconds in unfinished if seconds is not None]
+    pace = f", {sum(known) / 3600:.2f} h one after another" if unfinished and known else ""
+    total = sum(state.run.flops for state in states)
+    return (
+        f"{table(HEADER, rows)}\n{len(states) - len(unfinished)} of {len(states)} runs finished; {total:.3g} FLOPs in all,"
+        f" {sum(state.flops_left for state in states):.3g} left{pace}"
+    )
+
+
+def _row(state: State, seconds: float | None) -> list[str]:
+    run, training = state.run, state.run.recipe.training
+    what = state.what if state.what in ("finished", "waiting") else f"{state.what} at {state.steps_done / run.steps:.0%}"
+    return [
+        run.name,
+        f"{run.parameters:,}",
+        f"{run.tokens:,}",
+        f"{run.tokens / run.parameters:.1f}",
+        f"{run.flops:.3g}",
+        f"{run.recipe.optimizer.peak_learning_rate:.3g}",
+        f"{training.tokens_per_step:,}",
+        f"{run.steps:,}",
+        what,
+        "-" if state.val_loss is None else f"{state.val_loss:.4f}",
+        f"{state.elapsed_s / 3600:.3f}",
+        "-" if state.what == "finished" else "n/a" if seconds is None else f"{seconds / 3600:.3f} h",
+    ]
+
+
+def as_json(states: list[State]) -> list[dict[str, Any]]:
+    """The same as numbers."""
+    return [
+        {
+            "run": state.run.name,
+            "run_dir": str(Path(state.run.recipe.output.run_dir)),
+            "parameters": state.run.parameters,
+            "tokens": state.run.tokens,
+            "flops": state.run.flops,
+            "steps": state.run.steps,
+            "state": state.what,
+            "steps_done": state.steps_done,
+            "val_loss": state.val_loss,
+            "elapsed_s": state.elapsed_s,
+            "seconds_left": 0.0 if state.what == "finished" else seconds,
+        }
+        for state, seconds in zip(states, seconds_left(states), strict=True)
+    ]

@@ -1,0 +1,109 @@
+"""A sweep's file: which budgets and sizes are trained, by which rules for learning rate and batch.
+
+Entered by `load_suite`; `isoflop.sweep.design` makes recipes of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import model_validator as checked_by
+
+from isoflop.errors import UserError
+from isoflop.recipe import Recipe
+from isoflop.recipe_data import Section, require_one_of
+from isoflop.recipe_file import explain, load_recipe, parse_yaml
+
+Positives = Annotated[list[PositiveFloat], Field(min_length=1)]
+
+
+class Rule(Section):
+    """A power of a run's compute: coefficient x C^exponent, C in FLOPs."""
+
+    coefficient: PositiveFloat
+    exponent: float
+
+    def at(self, flops: float) -> float:
+        """The rule's value at a budget."""
+        return float(self.coefficient * flops**self.exponent)
+
+
+class Around(Section):
+    """Sizes on either side of each budget's centre, where D/N has a stated value; neighbours differ by `ratio` in N."""
+
+    tokens_per_parameter: PositiveFloat = 20.0
+    count: Annotated[int, Field(ge=3)] = 5
+    ratio: Annotated[float, Field(gt=1.0)] = 2.0
+
+
+class Suite(Section):
+    """Budgets x sizes. Budgets are FLOPs, or tokens per parameter; sizes are around each budget's centre, or the same for all."""
+
+    recipe: str
+    """The recipe that all runs share: data, tokenizer, the family's ratios, optimizer, schedule."""
+    overrides: dict[str, Any] = {}
+    """Values that replace the recipe's, by dotted key."""
+    budgets: Positives | None = None
+    """Training FLOPs of a run, all matrix products and attention counted, as `plan` counts them."""
+    tokens_per_parameter: Positives | None = None
+    sizes: Around | None = None
+    parameters: Positives | None = None
+    """Sizes wanted; each becomes the family's shape that is nearest in size and aspect ratio."""
+    aspect_ratio: PositiveFloat
+    """Width / layers wanted."""
+    peak_learning_rate: Rule | None = None
+    """The recipe's own rate for all runs where not given."""
+    tokens_per_step: Rule | None = None
+    """Rounded to a multiple of 8 windows, in micro-batches no larger than the recipe's; its own batch where not given."""
+    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Share of a run's steps."""
+    final_learning_rate_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Share of the peak."""
+    validations: PositiveInt = 20
+    """Over a run, evenly; the envelope of the curves and forecasts come from these."""
+    branch: bool = False
+    """Train each size once at a constant rate, and cool down from there at every budget (schedule.name: wsd)."""
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
+    """One run of each for every seed; the recipe's own where not given."""
+    output_dir: str
+    """Holds a folder for each run, and the law."""
+
+    @checked_by(mode="after")
+    def _one_design(self) -> Self:
+        require_one_of(self, "budgets", "tokens_per_parameter")
+        require_one_of(self, "sizes", "parameters")
+        if self.sizes and not self.budgets:
+            raise ValueError("sizes around a budget's centre need budgets; with tokens_per_parameter name parameters")
+        if self.branch and not self.parameters:
+            raise ValueError("branch: true trains each size once, so that sizes are the same for all budgets: name parameters")
+        return self
+
+    def base(self) -> Recipe:
+        """What all runs share. Raises `UserError` where the recipe is refused, or its schedule cannot branch."""
+        recipe = load_recipe(self.recipe, [f"{key}={json.dumps(value)}" for key, value in self.overrides.items()])
+        if self.branch and recipe.schedule.name != "wsd":
+            raise UserError(
+                f"branch: true needs schedule.name = 'wsd', whose rate does not know the run's end until it cools down;"
+                f" {self.recipe} has {recipe.schedule.name!r}: add schedule.name: wsd to the overrides"
+            )
+        return recipe
+
+
+def load_suite(path: str | Path) -> Suite:
+    """Read a sweep's file. Raises `UserError` for a missing file, broken YAML, an unknown key, a wrong value."""
+    try:
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"sweep {path} cannot be read ({error}); give a YAML file of recipes/sweeps/") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"sweep {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"sweep {path} is not a mapping; its keys are {', '.join(Suite.model_fields)}")
+    try:
+        return Suite.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"sweep {path}: " + "; ".join(explain(e, Suite) for e in error.errors())) from None
