@@ -12,6 +12,7 @@ from isoflop.scaling.powers import Minimum, PowerLaws, power_laws
 GRID = 1500  # budgets, log-spaced, as in Hoffmann et al. 2022, section 3.1
 WARM_UP = 0.1  # share of each curve's tokens that is left out: warm-up, and a rate that has hardly begun to fall
 FEWEST_CURVES = 3
+RESAMPLES = 300  # at most: each looks through the whole grid, some milliseconds
 
 
 class Envelope(NamedTuple):
@@ -41,7 +42,11 @@ def fit_envelope(curves: list[Curve], resamples: int, seed: int) -> Envelope | s
     generator, every = np.random.default_rng(seed), np.arange(len(late))
     drawn = [_laws(flops, losses[which], sizes[which]) for which in generator.choice(every, (resamples, len(every)))]
     whole = [one[2] for one in drawn if one is not None]
-    stacked = PowerLaws(*(tuple(np.concatenate(part) for part in zip(*laws, strict=True)) for laws in zip(*whole, strict=True)))
+    stacked = PowerLaws(
+        np.concatenate([one.coefficient for one in whole]),
+        np.concatenate([one.exponent for one in whole]),
+        tuple(np.concatenate(parts) for parts in zip(*(one.loss for one in whole), strict=True)),  # type: ignore[arg-type]
+    )
     minima = [Minimum(*values) for values in zip(flops[used], sizes[best], losses[best, used], strict=True)]
     return Envelope(minima, laws, stacked)
 

@@ -107,6 +107,4 @@ def resample(found: list[Profile], resamples: int, seed: int) -> PowerLaws:
 def least(found: list[Profile]) -> list[Minimum]:
     """The run of least loss at each budget, whatever lies beside it."""
     best = [(profile, int(np.argmin(profile.points.loss))) for profile in found]
-    return [
-        Minimum(profile.flops, float(profile.points.parameters[i]), float(profile.points.loss[i])) for profile, i in best
-    ]
+    return [Minimum(profile.flops, float(profile.points.parameters[i]), float(profile.points.loss[i])) for profile, i in best]

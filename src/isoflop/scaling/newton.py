@@ -14,6 +14,7 @@ from isoflop.scaling.points import Array
 TOLERANCE = 1e-13  # of the objective that a step is still predicted to gain
 VANISHED = 1e-26  # a sum of squares of log losses that double precision cannot tell from none
 MAX_STEPS = 400
+LONGEST = 2.0  # a step changes no log coefficient by more: an exponent or a term by a factor of 7
 
 
 class Problem(NamedTuple):
@@ -91,7 +92,7 @@ def derivatives(theta: Array, problem: Problem) -> tuple[Array, Array, Array, Ar
             hessian[:, first, first + 1] += (pull * share * inner).sum(axis=-1)
             hessian[:, first + 1, first] += (pull * share * inner).sum(axis=-1)
             hessian[:, first + 1, first + 1] += (pull * share * (inner**2 + inner)).sum(axis=-1)
-    reweighted = weights * np.minimum(1, problem.delta / np.maximum(np.abs(residual), 1e-300))
+    reweighted = weights * problem.delta / np.maximum(np.abs(residual), problem.delta)
     return value, gradient, hessian, _outer(reweighted, jacobian)
 
 
@@ -125,12 +126,11 @@ def minimise(theta: Array, problem: Problem) -> Solution:
 
 def _rows(problem: Problem, active: Array) -> Problem:
     own = {
-        name: values[active] for name in ("log_loss", "weights") if (values := getattr(problem, name)).ndim == 2 and len(values) > 1
+        name: values[active]
+        for name in ("log_loss", "weights")
+        if (values := getattr(problem, name)).ndim == 2 and len(values) > 1
     }
     return problem._replace(**own)
-
-
-LONGEST = 2.0  # a step changes no log coefficient by more: an exponent or a term by a factor of 7
 
 
 def _step(gradient: Array, hessian: Array, majoriser: Array, damping: Array) -> tuple[Array, Array]:
@@ -141,7 +141,9 @@ def _step(gradient: Array, hessian: Array, majoriser: Array, damping: Array) -> 
     curved = hessian * scale[:, :, None] * scale[:, None, :]
     g = gradient * scale
     lowest = np.linalg.eigvalsh(curved + damping[:, None, None] * scaled)[:, 0]
-    matrix = np.where((lowest > 1e-12)[:, None, None], curved + damping[:, None, None] * scaled, (1 + damping)[:, None, None] * scaled)
+    matrix = np.where(
+        (lowest > 1e-12)[:, None, None], curved + damping[:, None, None] * scaled, (1 + damping)[:, None, None] * scaled
+    )
     step = -np.linalg.solve(matrix, g[..., None])[..., 0]
     gain = 0.5 * np.einsum("bi,bi->b", g, np.linalg.solve(scaled, g[..., None])[..., 0])
     step *= scale

@@ -1,4 +1,4 @@
-"""Power laws of compute, N = k C^a and D = k C^b, and what all approaches that end in them say."""
+"""Power laws of compute through the minima of several budgets, and how any approach's predictions are told."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from scipy.optimize import curve_fit
 
 from isoflop.scaling.laws import INTERVAL
 from isoflop.scaling.points import Array
+
+FEWEST_FOR_E = 4  # budgets
+_DECAYS = np.geomspace(0.01, 1.0, 200)
 
 
 class Minimum(NamedTuple):
@@ -25,15 +28,17 @@ class Minimum(NamedTuple):
 
 
 class PowerLaws(NamedTuple):
-    """N, D and least loss as powers of C, one of each a resample: coefficients and exponents, (k,)."""
+    """N = k C^a, D = C / 6 N and least loss = E + h C^-g, one of each a resample: arrays of (k,)."""
 
-    n: tuple[Array, Array]
-    d: tuple[Array, Array]
-    loss: tuple[Array, Array]
+    coefficient: Array
+    exponent: Array
+    loss: tuple[Array, Array, Array]
+    """E, h, g."""
 
     def at(self, flops: float) -> tuple[Array, Array, Array]:
         """N, D and loss at a budget, (k,) each."""
-        return tuple(k * flops**a for k, a in (self.n, self.d, self.loss))  # type: ignore[return-value]
+        n, (e, h, g) = self.coefficient * flops**self.exponent, self.loss
+        return n, flops / 6 / n, e + h * flops**-g
 
 
 def log_line(flops: Array, values: Array) -> tuple[Array, Array]:
@@ -48,38 +53,77 @@ def linear_line(flops: Array, values: Array) -> tuple[Array, Array]:
     """k and a of values = k C^a by least squares of the values themselves: the largest budgets decide alone."""
     k, a = log_line(flops, values)
     scale = flops.max()
-    (height, slope), _ = curve_fit(lambda c, height, slope: height * c**slope, flops / scale, values, p0=(k * scale**a, a))
+    start = (k * scale**a, a)
+    (height, slope), *_ = curve_fit(lambda c, height, slope: height * c**slope, flops / scale, values, start, full_output=True)
     return height / scale**slope, slope
 
 
+def loss_curve(flops: Array, losses: Array) -> tuple[Array, Array, Array]:
+    """E, h and g of losses = E + h C^-g, losses (..., budgets): g from a grid, E >= 0 and h by least squares for each.
+
+    From fewer than four budgets E = 0: three numbers would follow every error.
+    """
+    scale = np.exp(np.log(flops).mean())
+    if len(flops) < FEWEST_FOR_E:
+        h, g = log_line(flops, losses)
+        return np.zeros_like(h), h, -g
+    y, best = losses, None
+    for g in _DECAYS:
+        x = (flops / scale) ** -g
+        centered = x - x.mean()
+        h = (y * centered).sum(axis=-1) / (centered**2).sum()
+        e = y.mean(axis=-1) - h * x.mean()
+        h, e = np.where(e < 0, (y * x).sum(axis=-1) / (x**2).sum(), h), np.maximum(e, 0)
+        error = ((y - e[..., None] - h[..., None] * x) ** 2).sum(axis=-1)
+        if best is None:
+            best = error, e, h, np.full_like(h, g)
+        else:
+            best = tuple(np.where(error < best[0], new, old) for new, old in zip((error, e, h, g), best, strict=True))
+    assert best is not None
+    _, e, h, decay = best
+    return e, h * scale**decay, decay
+
+
 def power_laws(flops: Array, parameters: Array, losses: Array, line: Any = log_line) -> PowerLaws:
-    """Laws through minima, (budgets,) or (k, budgets); D = C / 6 N is fitted by its own line where lines are not straight in logs."""
-    tokens = flops / 6 / parameters
-    return PowerLaws(*(tuple(np.atleast_1d(part) for part in line(flops, values)) for values in (parameters, tokens, losses)))
+    """Laws through minima: N (budgets,) or (k, budgets), losses alike."""
+    k, a = line(flops, parameters)
+    return PowerLaws(np.atleast_1d(k), np.atleast_1d(a), tuple(np.atleast_1d(part) for part in loss_curve(flops, losses)))  # type: ignore[arg-type]
 
 
 def told(laws: PowerLaws, predict: tuple[float, ...], drawn: PowerLaws | None = None) -> dict[str, Any]:
-    """Exponents, coefficients and predictions, with their 90% intervals where there are resamples."""
+    """Exponents, coefficients and predictions at budgets, with their 90% intervals where there are resamples."""
+    e, h, g = (float(part[0]) for part in laws.loss)
     found: dict[str, Any] = {
-        "exponent_n": float(laws.n[1][0]),
-        "coefficient_n": float(laws.n[0][0]),
-        "exponent_d": float(laws.d[1][0]),
-        "coefficient_d": float(laws.d[0][0]),
+        **{name: float(values[0]) for name, values in _exponents(laws).items()},
+        "loss_law": f"{e:.4f} + {h:.4g} C^-{g:.4g}",
+        **predictions([laws.at(flops) for flops in predict], None),
     }
-    for name, values in zip(("n_opt", "d_opt", "loss"), zip(*(laws.at(c) for c in predict), strict=True) or ((),) * 3, strict=False):
-        found[name] = [float(value[0]) for value in values]
-    if drawn is None:
+    if drawn is None or not len(drawn.exponent):
         return found
-    found["resamples"] = len(drawn.n[0])
-    found["intervals"] = {
-        "exponent_n": interval(drawn.n[1]),
-        "coefficient_n": interval(drawn.n[0]),
-        "exponent_d": interval(drawn.d[1]),
-        "coefficient_d": interval(drawn.d[0]),
+    found |= predictions([laws.at(flops) for flops in predict], [drawn.at(flops) for flops in predict])
+    return found | {
+        "resamples": len(drawn.exponent),
+        "intervals": {name: interval(values) for name, values in _exponents(drawn).items()},
     }
-    for name, values in zip(("n_opt", "d_opt", "loss"), zip(*(drawn.at(c) for c in predict), strict=True), strict=False):
-        found[f"{name}_interval"] = [interval(value) for value in values]
-    return found
+
+
+def _exponents(laws: PowerLaws) -> dict[str, Array]:
+    return {
+        "exponent_n": laws.exponent,
+        "coefficient_n": laws.coefficient,
+        "exponent_d": 1 - laws.exponent,
+        "coefficient_d": 1 / (6 * laws.coefficient),
+    }
+
+
+def predictions(found: list[Any], drawn: list[Any] | None) -> dict[str, Any]:
+    """(N, D, loss) of each budget by name, and the intervals of their resamples."""
+    named: dict[str, Any] = {}
+    for number, name in enumerate(("n_opt", "d_opt", "loss")):
+        named[name] = [float(np.ravel(values[number])[0]) for values in found]
+        if drawn is not None:
+            named[f"{name}_interval"] = [interval(values[number]) for values in drawn]
+    return named
 
 
 def interval(values: Array) -> list[float]:

@@ -1,0 +1,1 @@
+"""Scaling laws from measured runs: a table or run folders in; a law file, a report and figures out."""
