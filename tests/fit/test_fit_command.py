@@ -12,7 +12,6 @@ from test_fit_runs import WIDTHS, write_run
 from isoflop.errors import UserError
 from isoflop.fit.command import Request, as_json, fit_command
 from isoflop.fit.law_file import allowed, law_of
-from isoflop.fit.measured import Measured
 from isoflop.fit.table import Selection, read_table
 from isoflop.fit.text import METHODS, short
 from isoflop.fit.verdict import verdict
@@ -61,7 +60,7 @@ def test_files_beside_the_law_hold_what_is_printed(fit, tmp_path, capsys):
         assert f"{numbers['parametric'][name]:.6g}" in out
     assert "* note: FLOPs are 6 N D: t.json has no column of them" in out
     assert f"law: {folder}/law.json; use it by: python scripts/plan.py --flops 1e+21 --law" in out
-    assert page.count("\n| 1e+18 |") == 1 + 1  # a row of the budgets, one of the parabolas
+    assert page.count("\n| 1e+18 |") == 3  # a row of the budgets, of the parabolas and of the lines
     points = page.split("log(measured / fitted) |")[1].split("Parabolas")[0]
     assert points.count("\n| ") == 1 + 30
 
@@ -122,11 +121,12 @@ def test_json_is_the_numbers_alone(fit, tmp_path, capsys):
 
 def test_warnings_of_the_table_come_before_those_of_the_fit(fit, tmp_path, capsys):
     table = tmp_path / "t.json"
-    rows = json.loads(open(write_table(table)).read())
+    write_table(table)
+    rows = json.loads(table.read_text())
     table.write_text(json.dumps([*rows, rows[3]]))
     fit(str(table), as_json=True, out=None)
     assert json.loads(capsys.readouterr().out)["warnings"][0] == (
-        "t.json: row 31 repeat an earlier row's N, D and loss; each is counted once"
+        "t.json: row 31 repeats an earlier row's N, D and loss; each is counted once"
     )
 
 
@@ -199,7 +199,3 @@ def test_the_course_data_by_the_script_and_a_plan_by_its_law(tmp_path, capsys, m
     assert plan("plan", ["--flops", "1e21", "--family", "llama3", "--law", str(law), "--json"]) == 0
     best = json.loads(capsys.readouterr().out)
     assert best["law"] == str(law)
-
-
-def test_a_measured_set_names_what_it_is():
-    assert Measured._field_defaults == {"progress": None}

@@ -173,7 +173,8 @@ def flops(factor):
         (scaled("tokens", 1, C=flops(1e-18)), "C (1.2 to 72) looks like EFLOPs"),
         (scaled("tokens", 1, C=flops(1 / 8.64e19)), "looks like PF-days, and parameters, tokens and FLOPs are counted in ones:"
          " multiply it by 8.64e+19"),
-        (scaled("tokens", 1, C=flops(1 / 3)), "C is 0.333 of 6 N D in most rows, and training costs about 6 N D; multiply it by 3"),
+        (scaled("tokens", 1, C=flops(1 / 3)), "C is 0.333 of 6 N D in most rows, and training costs about 6 N D;"
+         " multiply it by 3"),
         (changed(4, tokens=8.0), "row 4: D/N = 4e-08, and the other rows have"),
         ([row | {"C": flops(100 if i == 6 else 1)(row)} for i, row in enumerate(ROWS)],
          "row 7: C = 4.8e+20, but 6 N D = 4.8e+18; the other rows agree within a factor of 3"),

@@ -60,7 +60,7 @@ def once(points: Points, numbers: list[int], file: str) -> tuple[NDArray[np.int6
     for index, key in enumerate(zip(points.parameters, points.tokens, points.loss, strict=True)):
         if first.setdefault(key, index) != index:
             twice.append(numbers[index])
-    told = f"{file}: {listed(twice)} repeat an earlier row's N, D and loss; each is counted once"
+    told = f"{file}: {listed(twice)} repeat{'' if len(twice) > 1 else 's'} an earlier row's N, D and loss; each is counted once"
     return np.array(list(first.values())), [told] if twice else []
 
 

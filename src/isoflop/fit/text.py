@@ -153,8 +153,9 @@ def repeated(found: Numbers) -> str:
 
 def short(value: float) -> str:
     """A count in three digits: 91.9B."""
+    value = float(f"{value:.3g}")  # 999.6e6 is 1B
     scale, unit = next(((s, u) for s, u in SCALES if value >= s), (1.0, ""))
-    return f"{value:.3g}" if not unit else f"{value / scale:.3g}{unit}"
+    return f"{value / scale:.3g}{unit}" if unit else f"{value:.3g}"
 
 
 def _blocks(table: str, lines: list[str]) -> str:

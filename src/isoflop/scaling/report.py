@@ -215,10 +215,10 @@ def _warnings(found: list[isoflop.Profile], fit: Fit) -> list[str]:
     left_out = [
         f"budget {profile.flops:.3g} FLOPs is left out of the parabolas: {profile.reason}" for profile in found if profile.reason
     ]
-    spread = fit.residuals.std()
-    far = [int(i) for i in np.flatnonzero(np.abs(fit.residuals) > max(5 * spread, 0.01))]
+    spread = float(np.median(np.abs(fit.residuals))) / 0.6745  # the standard deviation, were it normal; odd points do not move it
+    far = np.flatnonzero(np.abs(fit.residuals) > max(FAR * spread, FAR_AT_LEAST))
     odd = [
-        f"point {i + 1} lies {fit.residuals[i]:+.1%} from the law, over five times the others' spread; look at that run"
+        f"point {i + 1} lies {np.expm1(fit.residuals[i]):+.1%} from the law, over {FAR} times the others' spread; look at that run"
         for i in far
     ]
     return left_out + odd
