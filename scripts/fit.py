@@ -15,7 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", help="one table, or folders of runs")
     parser.add_argument("--out", metavar="FILE", help="write the law, and figure, page and numbers beside it; else only print")
     parser.add_argument("--json", action="store_true", help="print the numbers at full precision")
-    parser.add_argument("--predict", nargs="+", type=float, default=[], metavar="C", help="budgets in FLOPs; 10 x the largest")
+    parser.add_argument(
+        "--predict", nargs="+", type=float, default=[], metavar="C", help="in FLOPs; else 10 x the largest budget"
+    )
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--asymmetry", type=float, default=0.5, help="weight of losses above the law; below it: 1 - this")

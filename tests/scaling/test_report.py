@@ -61,7 +61,7 @@ def test_budgets_left_out_and_points_far_off_are_named():
     loss[4] *= 1.2
     *_, last = fit_laws(here._replace(loss=loss), [], FEW).numbers["warnings"]
     assert last.startswith("point 5 lies +")
-    assert last.endswith("% from the law, over 5 times the others' spread; look at that run")
+    assert last.endswith("% from the law, over 5 times the others' spread: look at it")
 
 
 def test_residuals_and_draws_are_the_fits():

@@ -218,7 +218,7 @@ def _warnings(found: list[isoflop.Profile], fit: Fit) -> list[str]:
     spread = float(np.median(np.abs(fit.residuals))) / 0.6745  # the standard deviation, were it normal; odd points do not move it
     far = np.flatnonzero(np.abs(fit.residuals) > max(FAR * spread, FAR_AT_LEAST))
     odd = [
-        f"point {i + 1} lies {np.expm1(fit.residuals[i]):+.1%} from the law, over {FAR} times the others' spread; look at that run"
+        f"point {i + 1} lies {np.expm1(fit.residuals[i]):+.1%} from the law, over {FAR} times the others' spread: look at it"
         for i in far
     ]
     return left_out + odd

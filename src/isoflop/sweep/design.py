@@ -99,12 +99,12 @@ def _center(members: Family, flops: float, tokens_per_parameter: float) -> float
 
 
 def _nearest(members: Family, parameters: float, aspect_ratio: float) -> Model:
-    """The shape whose size and aspect ratio are nearest, in logs; a size counts four times as much as a ratio."""
+    """The shape whose size and aspect ratio are nearest, in logs: another ratio is another law, so it counts as much as a size."""
 
     def distance(model: Model) -> float:
         shape = cost.shape_of(model)
         aspect = shape.hidden_size / shape.num_layers
-        return 4 * abs(math.log(cost.parameters(model) / parameters)) + abs(math.log(aspect / aspect_ratio))
+        return abs(math.log(cost.parameters(model) / parameters)) + abs(math.log(aspect / aspect_ratio))
 
     return min(members.shapes(), key=distance)
 
