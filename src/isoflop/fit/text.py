@@ -55,7 +55,8 @@ def methods(numbers: Numbers, make: Make) -> str:
 
 def coefficients(fit: Numbers, make: Make) -> str:
     """The parametric law's coefficients, and how they were found."""
-    rows = [[name, f"{fit[name]:.6g}", _interval(fit["intervals"][name], ".4g")] for name in COEFFICIENTS]
+    intervals = fit["intervals"]  # None of what is no law
+    rows = [[name, f"{fit[name]:.6g}", _interval(intervals[name], ".4g") if intervals else "-"] for name in COEFFICIENTS]
     return (
         f"loss = E + A / N^alpha + B / D^beta\n\n{make(['coefficient', 'value', '90% interval'], rows)}\n\n"
         f"points lie {fit['residual_std']:.2%} (standard deviation) from the fit; objective {fit['objective']:.6g}, best of"
@@ -86,7 +87,7 @@ def predictions(numbers: Numbers, make: Make) -> str:
     for i, flops in enumerate(numbers["predict"]):
         for key, label in METHODS.items():
             found = numbers[key]
-            if "n_opt" in found:
+            if "n_opt" in found and found["status"] == "converged":
                 rows.append([f"{flops:.3g}", label, *(_predicted(found, name, i) for name in ("n_opt", "d_opt", "loss"))])
     return make(["at C (FLOPs)", "method", "N", "D", "loss"], rows) if rows else ""
 
@@ -178,5 +179,5 @@ def _interval(bounds: list[float], form: str) -> str:
 def _with_interval(found: Numbers, name: str, form: str) -> str:
     if name not in found:
         return "-"
-    interval = found.get("intervals", {}).get(name)
+    interval = (found.get("intervals") or {}).get(name)
     return f"{found[name]:{form}}" + (f" {_interval(interval, form)}" if interval else "")
