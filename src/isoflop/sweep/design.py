@@ -99,7 +99,7 @@ def _center(members: Family, flops: float, tokens_per_parameter: float) -> float
 
 
 def _nearest(members: Family, parameters: float, aspect_ratio: float) -> Model:
-    """The shape whose size and aspect ratio are nearest, in logs: another ratio is another law, so it counts as much as a size."""
+    """The shape nearest in size and aspect ratio, in logs: another ratio is another law, so it counts as much as a size."""
 
     def distance(model: Model) -> float:
         shape = cost.shape_of(model)
