@@ -19,14 +19,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--slurm", metavar="FILE", help="write a Slurm job array of the sweep, and train nothing")
     parser.add_argument("--only", type=int, metavar="N", help="the N-th group of runs alone, as a job array's tasks do")
     parser.add_argument("--dry-run", action="store_true", help="what has run, what is left and for how long; train nothing")
+    parser.add_argument(
+        "--target", type=float, metavar="C", help="write the recipe of a run at C FLOPs, by the rules and the law"
+    )
     parser.add_argument("--json", action="store_true", help="the table as numbers")
     given = parser.parse_args(argv)
 
     from isoflop.sweep.command import Request, sweep_command
 
-    return sweep_command(
-        Request(given.sweep, given.config, tuple(given.gpus), given.jobs, given.only, given.slurm, given.dry_run, given.json)
-    )
+    where = (given.config, tuple(given.gpus), given.jobs)
+    return sweep_command(Request(given.sweep, *where, given.only, given.slurm, given.dry_run, given.json, given.target))
 
 
 if __name__ == "__main__":

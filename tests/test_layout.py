@@ -20,7 +20,7 @@ LAYERS = {
     "isoflop.harness": 3,
     "isoflop.job": 4, "isoflop.outcome": 4, "isoflop.prepare": 4, "isoflop.pretrain": 4, "isoflop.resume": 4,
     "isoflop.measure": 4, "isoflop.plan": 4, "isoflop.export": 4, "isoflop.evaluate": 4,
-    "isoflop.publish": 4, "isoflop.compare": 4,
+    "isoflop.publish": 4, "isoflop.compare": 4, "isoflop.fit": 4, "isoflop.sweep": 4,
 }  # fmt: skip
 SAME_LAYER = {
     ("isoflop.disk", "isoflop.errors"),
@@ -46,6 +46,9 @@ SAME_LAYER = {
     ("isoflop.outcome", "isoflop.job"),
     ("isoflop.outcome", "isoflop.export"),
     ("isoflop.measure", "isoflop.job"),  # builds the model that a run would
+    ("isoflop.fit", "isoflop.compare"),  # reads finished runs
+    ("isoflop.sweep", "isoflop.prepare"),  # once for all its runs
+    ("isoflop.sweep", "isoflop.fit"),  # its last step
     ("isoflop.plan", "isoflop.measure"),  # where real steps are asked for
 }
 

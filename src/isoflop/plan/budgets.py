@@ -98,7 +98,7 @@ def described(candidate: Candidate, members: Family, law: Law) -> dict[str, Any]
         "flops_per_token": cost.flops_per_token(candidate.model, members.sequence_length),
         "flops": candidate.flops,
         "predicted_loss": candidate.predicted_loss,
-        "predicted_loss_interval": law.interval(law.size(candidate.model), candidate.tokens),
+        "predicted_loss_interval": law.promise(candidate.model, candidate.tokens).interval,
         "on_grid_edge": candidate.on_grid_edge,
     }
 

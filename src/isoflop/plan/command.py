@@ -49,6 +49,8 @@ def main(description: str, argv: list[str] | None = None) -> int:
 def _recipe(options: argparse.Namespace, law: Law) -> tuple[dict[str, Any], str]:
     path, *overrides = options.what
     recipe, kinds, measured = load_recipe(path, overrides), _machines(options), None
+    if options.law is None and recipe.law:
+        law = load_law(recipe.law)
     if options.measure:
         from isoflop.measure import measure  # torch: only where real steps are asked for
 
@@ -241,6 +243,8 @@ def _write(
         f"Data, optimizer and the rest are those of {members.recipe}.",
         *notes,
     ]
+    if options.law is not None:
+        recipe = recipe.model_copy(update={"law": options.law})  # for `pretrain` to keep the score by
     write_recipe(options.write, recipe, header)
     path, launch = shlex.quote(str(options.write)), _launch(options)
     config = config_of(launch)

@@ -143,7 +143,7 @@ def promised(law: Law, recipe: Recipe, tokens: float) -> dict[str, Any]:
     best_n, best_d = law.optimum(6 * n * tokens)
     return {
         "predicted_loss": float(law.loss(n, tokens)),
-        "predicted_loss_interval": law.interval(n, tokens),
+        "predicted_loss_interval": law.promise(recipe.model, tokens).interval,
         "counted_parameters": n,
         "optimal_parameters": best_n,
         "optimal_tokens": best_d,

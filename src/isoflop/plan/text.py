@@ -79,7 +79,7 @@ def _promise(plan: dict[str, Any]) -> str:
         ]
         for name, law in plan["laws"].items()
     ]
-    header = ["  law", "loss", "10% to 90%", "best N", "best D", "best D/N", "loss there"]
+    header = ["  law", "loss", "5% to 95%", "best N", "best D", "best D/N", "loss there"]
     return (
         "predicted loss, nats per token of the law's own data and tokenizer; best: the same FLOPs split by the law (C = 6ND)\n"
         + table(header, rows)
@@ -230,7 +230,7 @@ def target_text(shape: dict[str, Any], family: str) -> str:
 
 def candidates_text(candidates: list[dict[str, Any]], names: list[str] | None = None) -> str:
     """Shapes, one a row."""
-    header = ["layers", "width", "heads (kv)", "head dim", "FFN", "N", "D", "D/N", "loss", "10% to 90%", "edge"]
+    header = ["layers", "width", "heads (kv)", "head dim", "FFN", "N", "D", "D/N", "loss", "5% to 95%", "edge"]
     rows = [
         [
             str(c["num_hidden_layers"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +11,14 @@ from typing import NamedTuple
 from isoflop.data.manifest import Manifest
 from isoflop.disk import write_aside
 from isoflop.errors import UserError
+from isoflop.fit.command import Request as FitRequest
+from isoflop.fit.command import fit_command
 from isoflop.prepare.command import prepare
+from isoflop.recipe_file import to_yaml
+from isoflop.run_folder import RunFolder
+from isoflop.scaling.laws import load_law
 from isoflop.stop import EXIT_RESUME
-from isoflop.sweep.design import Group, groups_of
+from isoflop.sweep.design import Group, groups_of, target_of
 from isoflop.sweep.runner import Runner, slots_of
 from isoflop.sweep.state import as_json, report, state_of
 from isoflop.sweep.suite import Suite, load_suite
@@ -29,17 +35,21 @@ class Request(NamedTuple):
     slurm: str | None = None
     dry_run: bool = False
     as_json: bool = False
+    target: float | None = None
 
 
 def sweep_command(request: Request) -> int:
     """Carry out a request; returns the exit code."""
     suite = load_suite(request.sweep)
     groups = groups_of(suite)
+    if request.target is not None:
+        return write_target(suite, request.target)
     if request.dry_run:
         tell(groups, request.as_json)
         return 0
     if request.only is not None and not 0 <= request.only < len(groups):
         raise UserError(f"--only {request.only}: the sweep has groups 0 to {len(groups) - 1}; --dry-run lists its runs")
+    require_own_folders(groups, request.sweep)
     manifest = prepare(groups[0][0].recipe)
     assert manifest is not None  # of one shard there would be none
     print("\n".join(repetitions(groups, manifest)) or "no run sees a window twice", flush=True)
@@ -54,10 +64,39 @@ def sweep_command(request: Request) -> int:
     if any(state_of(run).what != "finished" for group in groups for run in group):
         print("the rest is in other hands; the same command fits the law when all are finished")
         return 0 if request.only is not None else EXIT_RESUME
-    from isoflop.fit.command import Request as FitRequest
-    from isoflop.fit.command import fit_command
+    return fit_command(FitRequest((suite.output_dir,), out=law_file(suite)))
 
-    return fit_command(FitRequest((suite.output_dir,), out=f"{suite.output_dir}/law.json"))
+
+def law_file(suite: Suite) -> str:
+    """Where a sweep's law is."""
+    return f"{suite.output_dir}/law.json"
+
+
+def write_target(suite: Suite, flops: float) -> int:
+    """Write the recipe of a run at a larger budget, by the sweep's rules and its law."""
+    if not 0 < flops < math.inf:
+        raise UserError(f"--target {flops:g}: give a budget in FLOPs, e.g. ten times the sweep's largest")
+    law = load_law(law_file(suite))
+    run = target_of(suite, law, flops)
+    promised = law.promise(run.recipe.model, run.tokens)
+    file = Path(f"{run.name}.yaml")
+    write_aside(file, to_yaml(run.recipe, exclude_none=True))
+    interval = " to ".join(f"{bound:.4f}" for bound in promised.interval or ())
+    print(
+        f"{file}: {run.parameters:,} parameters, {run.tokens:,} tokens in {run.steps:,} steps, {run.flops:.4g} FLOPs\n"
+        f"{law.name} predicts a last validation loss of {promised.loss:.4f}" + (f" ({interval})" if interval else "") + "\n"
+        f"train it: accelerate launch --config_file accelerate_configs/cpu.yaml scripts/pretrain.py {file}"
+    )
+    return 0
+
+
+def require_own_folders(groups: list[Group], sweep: str) -> None:
+    """Raise `UserError` where a folder has a run of another recipe, which would else be taken for one of this sweep's."""
+    for run in (run for group in groups for run in group):
+        try:
+            RunFolder(run.recipe.output.run_dir).check_owner(run.recipe)
+        except UserError as error:
+            raise UserError(f"{sweep}: {error}; of a whole sweep: its output_dir") from None
 
 
 def tell(groups: list[Group], as_numbers: bool) -> None:

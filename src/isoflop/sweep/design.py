@@ -10,6 +10,7 @@ from isoflop import cost
 from isoflop.errors import UserError
 from isoflop.families import Family, family_of
 from isoflop.recipe import Model, Recipe
+from isoflop.scaling.laws import Law
 from isoflop.sweep.suite import Suite
 
 FEWEST_STEPS = 50  # assumption: with fewer, warm-up and decay leave nothing to measure
@@ -70,6 +71,19 @@ def groups_of(suite: Suite) -> list[Group]:
         groups += [[_run(suite, base, model, flops, budgets, seed) for flops in budgets] for seed in seeds]
     groups = [_with_branch_points(group) for group in groups]
     return _without_twins(groups, suite)
+
+
+def target_of(suite: Suite, law: Law, flops: float) -> Run:
+    """A run beyond the sweep, by its rules: the law's best N for a budget, a folder beside the sweep's, and the law to keep score.
+
+    Raises `UserError` where the budget is too small.
+    """
+    base = suite.base()
+    model = _nearest(family_of(base, suite.recipe), law.optimum(flops)[0], suite.aspect_ratio)
+    run = _run(suite, base, model, flops, [flops], base.seed)
+    name = f"{suite.output_dir}_{run.name}"
+    output = run.recipe.output.model_copy(update={"run_dir": name})
+    return Run(name, run.recipe.model_copy(update={"output": output, "law": law.name}), run.steps)
 
 
 def _flops(suite: Suite, model: Model, budget: float, base: Recipe) -> float:
