@@ -1,6 +1,7 @@
 # Everything a newcomer types. `make quickstart` trains a small model on this machine; `make test` is what CI runs.
 PYTHON ?= python3
 OVERRIDES ?=  # for quickstart, e.g. OVERRIDES="training.max_steps=50 output.run_dir=runs/short"
+LAWS_DATA ?=  # for docs/laws.md, e.g. LAWS_DATA="--data DIR" with published runs
 BIN := .venv/bin
 # One thread for the test processes: several at once on few cores slow one another down many times over.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
@@ -46,12 +47,15 @@ constraints: setup
 	(sed -n 1p constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//') > constraints.new
 	mv constraints.new constraints.txt
 
-# Pages and figures that are computed; all but docs/reproductions.md take some ten minutes each.
+# Pages and figures that are computed; docs/circle.md takes some 35 minutes, all others but docs/reproductions.md some ten each.
 pages: setup
 	$(BIN)/python docs/reproductions.py
 	$(BIN)/python docs/memory.py
 	$(BIN)/python docs/reliability.py
 	$(BIN)/python docs/data.py
+	$(BIN)/python docs/circle.py
+	$(BIN)/python -m pip install --quiet --no-deps --target build/chinchilla chinchilla==0.2.0 attrdictx ordinal seaborn ruamel.yaml
+	PYTHONPATH=build/chinchilla $(BIN)/python docs/laws.py $(LAWS_DATA)
 
 figures:
 	cp runs/quickstart/loss.png docs/quickstart.png

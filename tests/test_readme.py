@@ -121,6 +121,17 @@ def test_commands_that_need_the_hub_name_files_that_are_there():
             load_recipe(ROOT / name)
 
 
+def test_commands_of_the_laws_are_there(copy):
+    """The sweep takes half an hour: docs/circle.py types it, tests/sweep does at toy size. What is left to do is said at once."""
+    first, *others = [line for line in blocks("sh laws")[0].splitlines() if line.startswith("python scripts/")]
+    assert "0 of 20 runs finished" in shell(f"source .venv/bin/activate; {first}", copy)
+    for command in others:
+        _, script, *arguments = shlex.split(command)
+        said = shell(f"source .venv/bin/activate; python {script} --help", copy)
+        assert {argument for argument in arguments if argument.startswith("--")} <= set(re.findall(r"--[a-z-]+", said)), command
+    assert (ROOT / "recipes/sweeps/laptop.yaml").is_file()
+
+
 def test_the_table_of_recipes_is_right():
     from isoflop import cost
     from isoflop.plan.launches import read_launch

@@ -234,6 +234,12 @@ def test_a_fitted_law_from_a_file_is_used(plan, tmp_path):
     assert found["laws"][str(law)]["predicted_loss"] == found["predicted_loss"]
     searched = plan("--flops", 1e21, "--law", law)
     assert searched["law"] == str(law)
+    plan("--flops", 1e21, "--law", law, "--write", tmp_path / "scored.yaml")
+    assert load_recipe(tmp_path / "scored.yaml").law == str(law)  # `pretrain` keeps the score by it
+    assert plan(tmp_path / "scored.yaml")["law"] == str(law)
+    assert plan(tmp_path / "scored.yaml", "--law", "kaplan")["law"] == "kaplan"
+    plan("--flops", 1e21, "--write", tmp_path / "plain.yaml")
+    assert load_recipe(tmp_path / "plain.yaml").law is None
 
 
 def test_compare_has_a_row_a_recipe(plan, text):

@@ -74,7 +74,7 @@ def groups_of(suite: Suite) -> list[Group]:
 
 
 def target_of(suite: Suite, law: Law, flops: float) -> Run:
-    """A run beyond the sweep, by its rules: the law's best N for a budget, a folder beside the sweep's, and the law to keep score.
+    """A run beyond the sweep, by its rules: the law's best N for a budget, in a folder of its own, and scored by the law.
 
     Raises `UserError` where the budget is too small.
     """
