@@ -117,3 +117,44 @@ def test_the_data_page_is_made_anew(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True)
     assert (tmp_path / "data.md").read_text(encoding="utf-8").count("\n| ") > 15
     assert (tmp_path / "data.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_circle_page_says_what_was_predicted_and_what_came_out():
+    """One run of the whole way; a page that is made again has others' numbers, which have to add up as well."""
+    page = (DOCS / "circle.md").read_text(encoding="utf-8")
+    rows = ("predicted before training", "measured")
+    found = [re.search(rf"^\| {row} \| (.+) \|$", page, flags=re.MULTILINE)[1] for row in rows]
+    predicted, measured = map(float, found)
+    interval = re.search(r"^\| 90% interval of a run \| ([\d.]+) to ([\d.]+) \|$", page, flags=re.MULTILINE)
+    low, high = map(float, interval.groups())
+    error = float(re.search(r"^\| error \| ([+-][\d.]+)% \|$", page, flags=re.MULTILINE)[1])
+    assert error == pytest.approx(100 * (predicted / measured - 1), abs=0.01)
+    kept = (abs(error) < 2) + (low <= measured <= high)
+    assert ("Neither was kept", "One of the two was kept", "Both were kept")[kept] in page
+    assert len(re.findall(r"^\| c\d\.\d+e\+\d+_n\d+ \|", page, flags=re.MULTILINE)) == 20
+    for name in ("circle_law.png", "circle_run.png"):
+        assert f"]({name})" in page
+        assert (DOCS / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_laws_page_keeps_its_promises():
+    """Speed on the machine that made it; coverage of 90% intervals over 500 seeds, of which a standard error is 1.3%."""
+    page = (DOCS / "laws.md").read_text(encoding="utf-8")
+    assert float(re.search(r"^\| fit, all starts \| [\d,]+ \| ([\d.]+) \|$", page, flags=re.MULTILINE)[1]) < 0.5
+    assert float(re.search(r"^\| bootstrap \| 1,000 resamples \| ([\d.]+) \|$", page, flags=re.MULTILINE)[1]) < 15
+    least, others = re.search(r"Objective ([\d.]+)\..* the least is\s+([\d.]+)\.\n", page, flags=re.DOTALL).groups()
+    assert float(least) <= float(others) * (1 + 1e-8)
+    shares = [float(share) for row in re.findall(r"^\|.*%.*\|$", page.split("holds the truth")[1].split("##")[0], flags=re.MULTILINE)
+              for share in re.findall(r"([\d.]+)%", row)]  # fmt: skip
+    assert len(shares) == 22
+    assert all(85 <= share <= 95 for share in shares)
+
+
+@pytest.mark.slow
+def test_the_laws_page_is_made_anew(tmp_path):
+    """Few seeds: the page's script still runs."""
+    script = (DOCS / "laws.py").read_text(encoding="utf-8")
+    script = script.replace("HERE = Path(__file__).parent", f"HERE = Path({str(tmp_path)!r})")
+    (tmp_path / "laws.py").write_text(script, encoding="utf-8")
+    subprocess.run([sys.executable, tmp_path / "laws.py", "--seeds", "3"], cwd=ROOT, check=True)
+    assert (tmp_path / "laws.md").read_text(encoding="utf-8").count("\n| ") > 15

@@ -56,7 +56,7 @@ class Progress(Section):
 
     schedule: str
     """Of the learning rate, which decides it."""
-    gaps: list[tuple[Signed, Signed, Signed]] = Field(strict=False)
+    gaps: list[Annotated[tuple[Signed, Signed, Signed], Field(strict=False)]]
     """Share of the tokens; over the runs, mean and standard deviation of log(last validation loss / that one). Shares rise."""
 
 
