@@ -79,7 +79,7 @@ def target_of(suite: Suite, law: Law, flops: float) -> Run:
     Raises `UserError` where the budget is too small.
     """
     base = suite.base()
-    model = _nearest(family_of(base, suite.recipe), law.optimum(flops)[0], suite.aspect_ratio)
+    model = _nearest(suite, family_of(base, suite.recipe), law.optimum(flops)[0])
     run = _run(suite, base, model, flops, [flops], base.seed)
     name = f"{suite.output_dir}_{run.name}"
     output = run.recipe.output.model_copy(update={"run_dir": name})
@@ -94,17 +94,26 @@ def _flops(suite: Suite, model: Model, budget: float, base: Recipe) -> float:
 
 def _models(suite: Suite, members: Family, budget: float) -> list[Model]:
     if suite.parameters:
-        return [_nearest(members, size, suite.aspect_ratio) for size in suite.parameters]
+        return [_nearest(suite, members, size) for size in suite.parameters]
     assert suite.sizes is not None
     around = suite.sizes
-    center = _center(members, budget, around.tokens_per_parameter)
+    center = _center(suite, members, budget, around.tokens_per_parameter)
     exponents = [i - (around.count - 1) / 2 for i in range(around.count)]
-    return [_nearest(members, center * around.ratio**exponent, suite.aspect_ratio) for exponent in exponents]
+    return [_nearest(suite, members, center * around.ratio**exponent) for exponent in exponents]
 
 
-def _center(members: Family, flops: float, tokens_per_parameter: float) -> float:
+def _shapes(suite: Suite, members: Family) -> list[Model]:
+    """The members of a family, or those of one depth whatever their aspect ratio."""
+    if suite.num_layers is None:
+        return list(members.shapes())
+    pairs = [(width, head_dim) for head_dim in members.head_dims for width in members.widths]
+    divided = [(width, head_dim) for width, head_dim in pairs if width % (head_dim * (members.key_value_heads or 1)) == 0]
+    return [members.shape(suite.num_layers, width, head_dim) for width, head_dim in divided]
+
+
+def _center(suite: Suite, members: Family, flops: float, tokens_per_parameter: float) -> float:
     """The N at which C = D/N x N x FLOPs per token, between the members of a family by a straight line in logs."""
-    shapes = sorted(members.shapes(), key=cost.parameters)
+    shapes = sorted(_shapes(suite, members), key=cost.parameters)
     needed = [
         tokens_per_parameter * cost.parameters(shape) * cost.flops_per_token(shape, members.sequence_length) for shape in shapes
     ]
@@ -112,15 +121,16 @@ def _center(members: Family, flops: float, tokens_per_parameter: float) -> float
     return cost.parameters(shapes[closest]) * math.sqrt(flops / needed[closest])  # C is nearly proportional to N^2
 
 
-def _nearest(members: Family, parameters: float, aspect_ratio: float) -> Model:
+def _nearest(suite: Suite, members: Family, parameters: float) -> Model:
     """The shape nearest in size and aspect ratio, in logs: another ratio is another law, so it counts as much as a size."""
 
     def distance(model: Model) -> float:
-        shape = cost.shape_of(model)
-        aspect = shape.hidden_size / shape.num_layers
-        return abs(math.log(cost.parameters(model) / parameters)) + abs(math.log(aspect / aspect_ratio))
+        shape, size = cost.shape_of(model), abs(math.log(cost.parameters(model) / parameters))
+        if suite.aspect_ratio is None:
+            return size
+        return size + abs(math.log(shape.hidden_size / shape.num_layers / suite.aspect_ratio))
 
-    return min(members.shapes(), key=distance)
+    return min(_shapes(suite, members), key=distance)
 
 
 def _run(suite: Suite, base: Recipe, model: Model, flops: float, group: list[float], seed: int) -> Run:

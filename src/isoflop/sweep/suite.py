@@ -52,9 +52,11 @@ class Suite(Section):
     tokens_per_parameter: Positives | None = None
     sizes: Around | None = None
     parameters: Positives | None = None
-    """Sizes wanted; each becomes the family's shape that is nearest in size and aspect ratio."""
-    aspect_ratio: PositiveFloat
-    """Width / layers wanted."""
+    """Sizes wanted; each becomes the family's nearest shape."""
+    aspect_ratio: PositiveFloat | None = None
+    """Width / layers wanted, of all sizes."""
+    num_layers: PositiveInt | None = None
+    """Or the depth of all sizes, which then differ in width alone: with few layers one more is a jump that no power law has."""
     peak_learning_rate: Rule | None = None
     """The recipe's own rate for all runs where not given."""
     tokens_per_step: Rule | None = None
@@ -76,6 +78,7 @@ class Suite(Section):
     def _one_design(self) -> Self:
         require_one_of(self, "budgets", "tokens_per_parameter")
         require_one_of(self, "sizes", "parameters")
+        require_one_of(self, "aspect_ratio", "num_layers")
         if self.sizes and not self.budgets:
             raise ValueError("sizes around a budget's centre need budgets; with tokens_per_parameter name parameters")
         if self.branch and not self.parameters:
