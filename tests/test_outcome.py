@@ -39,7 +39,7 @@ def test_the_summary_has_what_was_promised(law, toy_recipe, run_in_process, caps
     assert summary["prediction_error"] == summary["predicted_loss"] / summary["val_loss"] - 1
     assert summary["inside_interval"] == (low <= summary["val_loss"] <= high)
     told = capsys.readouterr()
-    assert f"law: {law} predicts a last validation loss of {promised:.4f} ({low:.4f} to {high:.4f})" in told.out + told.err
+    assert f"law: {law} predicts a last validation loss of {promised:.4f} (90%: {low:.4f} to {high:.4f})" in told.out + told.err
     assert f"law {law} predicted {promised:.4f}" in told.out + told.err
     rows = metrics_of(recipe)
     assert [row["step"] for row in rows if row.get("forecast_loss")] == [5, 6, 7, 8, 9]

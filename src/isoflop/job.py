@@ -270,21 +270,25 @@ def describe(job: Job) -> list[str]:
         f"disk: a checkpoint takes about {checkpoint_bytes:,} bytes, {recipe.output.keep_last} are kept"
         f" and one more is being written; {job.folder.free_bytes():,} bytes are free at {job.folder.path}",
     ]
+    return lines + notes(job)
+
+
+def notes(job: Job) -> list[str]:
+    """What the law predicts, and what of the launch or the schedule may surprise."""
+    recipe, found = job.recipe, []
     if job.law and (promised := job.promised()):
-        size = job.law.size(recipe.model)
-        beyond = "; ".join(job.law.extrapolates(size, tokens))
-        lines.append(
-            f"law: {job.law.name} predicts a last validation loss of {told(promised)}"
-            + (f"; an extrapolation: {beyond}" if beyond else "")
-        )
-    if checkpoint_bytes / SAVE_BYTES_PER_S > grace_s():
-        lines.append(
+        tokens = job.num_steps * recipe.training.tokens_per_step
+        beyond = "; ".join(job.law.extrapolates(job.law.size(recipe.model), tokens))
+        extrapolation = f"; an extrapolation: {beyond}" if beyond else ""
+        found.append(f"law: {job.law.name} predicts a last validation loss of {told(promised)}{extrapolation}")
+    if cost.checkpoint_bytes(recipe.model, recipe.optimizer) / SAVE_BYTES_PER_S > grace_s():
+        found.append(
             f"note: {grace_s():.0f} s after a signal this launcher ends its processes, and a checkpoint may take longer; set"
             " TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 in its environment"
         )
     if recipe.schedule.warmup_steps >= job.num_steps:
-        lines.append(f"note: schedule.warmup_steps = {recipe.schedule.warmup_steps} covers the whole run: the rate never falls")
-    return lines
+        found.append(f"note: schedule.warmup_steps = {recipe.schedule.warmup_steps} covers the whole run: the rate never falls")
+    return found
 
 
 def told(forecast: Forecast) -> str:

@@ -115,7 +115,7 @@ def test_licence_is_the_commands_then_the_recipes_then_unknown(run):
 def test_laws_stand_beside_what_was_measured(run, undisturbed):
     told = rows(model_card(run, "user/toy", None), "| law | predicted loss | interval | measured validation loss |")
     measured = f"{json.loads(run.summary.read_text())['val_loss']:.4f}"
-    low, high = load_law("besiroglu").interval(28832, 2560)
+    low, high = load_law("besiroglu").promise(undisturbed["llama"].model, 2560).interval
     assert told == {
         "hoffmann": [f"{load_law('hoffmann').loss(28832, 2560):.4f}", "n/a", measured],
         "besiroglu": [f"{load_law('besiroglu').loss(28832, 2560):.4f}", f"{low:.4f} to {high:.4f}", measured],
@@ -123,6 +123,18 @@ def test_laws_stand_beside_what_was_measured(run, undisturbed):
     assert "- Extrapolated by law hoffmann: 2.88e+04 parameters (fitted on 7e+07 to 1.6e+10); 2.56e+03 tokens" in str(
         model_card(run, "user/toy", None)
     )
+
+
+def test_a_law_of_ones_own_stands_first(run):
+    summary = json.loads(run.summary.read_text())
+    own = {"law": "runs/law.json", "predicted_loss": 4.5, "predicted_loss_interval": [4.25, 4.75]}
+    run.summary.write_text(json.dumps(summary | own))
+    card = model_card(run, "user/toy", None)
+    told = rows(card, "| law | predicted loss | interval | measured validation loss |")
+    assert list(told) == ["runs/law.json", "hoffmann", "besiroglu"]
+    assert told["runs/law.json"][:2] == ["4.5000", "4.2500 to 4.7500"]
+    assert "`runs/law.json` is the run's own" in str(card)
+    run.summary.write_text(json.dumps(summary))
 
 
 def test_checkpoints_are_listed_by_step_with_their_losses(run, undisturbed):

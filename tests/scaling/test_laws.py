@@ -71,20 +71,26 @@ def test_more_parameters_and_more_tokens_never_hurt(log_n, log_d):
 
 def test_besiroglus_interval_holds_its_own_loss_and_others_have_none():
     law = load_law("besiroglu")
-    low, high = law.interval(1.4e9, 2.8e10)
-    assert low < float(law.loss(1.4e9, 2.8e10)) < high
+    model = load_recipe(ROOT / "recipes/llama2_1.36b.yaml").model
+    loss, (low, high) = law.promise(model, 2.8e10)
+    assert loss == float(law.loss(1_294_159_104, 2.8e10))
+    assert low < loss < high
     assert 0.002 < high - low < 0.02
     assert len(law.draws) == 100
     # the published standard errors: A 124.58, B 1293.23, E 0.03, alpha 0.02, beta 0.02
     assert np.std(law.draws, axis=0) == pytest.approx([0.03, 124.58, 0.02, 1293.23, 0.02], rel=0.35)
-    assert all(load_law(name).interval(1e9, 1e10) is None for name in PUBLISHED if name != "besiroglu")
+    assert all(load_law(name).promise(model, 1e10).interval is None for name in PUBLISHED if name != "besiroglu")
 
 
-def test_the_interval_is_a_percentile_of_the_draws(tmp_path):
+def test_the_interval_is_a_percentile_of_the_draws_and_of_single_runs(tmp_path):
     draws = [[1.0 + i / 100, 400.0, 0.3, 1000.0, 0.35] for i in range(101)]
+    model = load_recipe(ROOT / "recipes/quickstart.yaml").model
     law = load_law(write_law(tmp_path / "law.yaml", draws=draws))
-    rest = float(law.loss(1e9, 1e10)) - 1.5
-    assert law.interval(1e9, 1e10) == pytest.approx((1.05 + rest, 1.95 + rest))
+    loss, interval = law.promise(model, 1e10)
+    assert interval == pytest.approx((loss - 0.45, loss + 0.45))
+    law = load_law(write_law(tmp_path / "runs.yaml", draws=[draws[50]], residuals=[i / 1000 for i in range(-10, 11)]))
+    loss, interval = law.promise(model, 1e10)
+    assert interval == pytest.approx((loss * math.exp(-0.009), loss * math.exp(0.009)))
 
 
 def test_a_law_from_a_file_is_used_as_it_is(tmp_path):

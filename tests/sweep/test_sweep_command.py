@@ -26,7 +26,7 @@ def write_sweep(write_recipe, tmp_path):
 
     def write(**changes):
         tree = {
-            "recipe": str(write_recipe()), "tokens_per_parameter": [1.0, 2.0, 4.0], "parameters": [2e4, 3e4, 9e4],
+            "recipe": str(write_recipe()), "tokens_per_parameter": [1.0, 2.0, 4.0], "parameters": [2e4, 4.6e4, 9e4],
             "aspect_ratio": 32, "output_dir": str(tmp_path / "sweep"), "validations": 10,
         }  # fmt: skip
         (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree | changes))
@@ -63,7 +63,7 @@ def finished(write_sweep):
 
 @pytest.mark.distributed
 def test_a_stopped_sweep_goes_on_and_redoes_nothing(write_sweep, tmp_path):
-    path = write_sweep(tokens_per_parameter=[1.0], parameters=[2e4, 3e4])
+    path = write_sweep(tokens_per_parameter=[1.0], parameters=[2e4, 4.6e4])
     names = [group[0].name for group in groups_of(load_suite(path))]
     first, second = (tmp_path / "sweep" / name for name in names)
     command = [sys.executable, "scripts/sweep.py", path]

@@ -13,7 +13,7 @@ from isoflop.data.manifest import FILE_NAME, read_manifest
 from isoflop.metrics import Row
 from isoflop.recipe import Recipe
 from isoflop.recipe_data import HubSource, PythonSource, Source
-from isoflop.scaling.laws import PUBLISHED, load_law
+from isoflop.scaling.laws import PUBLISHED, Forecast, load_law
 from isoflop.tables import markdown
 
 LAWS = ("hoffmann", "besiroglu")  # the usual one, and the one whose bootstrap gives an interval
@@ -114,13 +114,9 @@ def data(recipe: Recipe, prepared_dir: str, summary: dict[str, Any]) -> str:
 
 def laws(recipe: Recipe, summary: dict[str, Any]) -> str:
     """What laws say of this model on so many tokens, the run's own first, beside what was measured."""
-    found = {name: (load_law(name), load_law(name).size(recipe.model)) for name in LAWS}
-    told = {
-        name: (float(law.loss(size, summary["tokens"])), law.interval(size, summary["tokens"]))
-        for name, (law, size) in found.items()
-    }
+    told = {name: load_law(name).promise(recipe.model, summary["tokens"]) for name in LAWS}
     if own := own_law(summary):
-        told = {own: (summary["predicted_loss"], summary["predicted_loss_interval"])} | told
+        told = {own: Forecast(summary["predicted_loss"], summary["predicted_loss_interval"])} | told
     rows = [
         [
             name,

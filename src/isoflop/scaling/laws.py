@@ -111,15 +111,8 @@ class Law(Section):
         """Loss in nats per token; `parameters` counted as `counts` says, any shapes that broadcast."""
         return self._powers(self._values()).loss(np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float))
 
-    def interval(self, parameters: float, tokens: float) -> tuple[float, float] | None:
-        """5th and 95th percentile of the loss over the fit's draws, about the law and not a run; None without draws."""
-        if not self.draws:
-            return None
-        low, high = np.quantile(self._drawn(parameters, tokens), INTERVAL)
-        return float(low), float(high)
-
     def promise(self, model: Model, tokens: float) -> Forecast:
-        """The loss of one run; its interval is over the draws and, where the law has them, the residuals of single runs."""
+        """The loss of one run; its 90% interval is over the draws and, where the law has them, the residuals of single runs."""
         size = self.size(model)
         if not self.draws:
             return Forecast(float(self.loss(size, tokens)), None)
