@@ -52,7 +52,7 @@ def test_the_laptop_sweep(monkeypatch):
 def test_names_steps_and_what_each_recipe_says(suite):
     runs = runs_of(suite())
     assert [(run.parameters, run.steps) for run in runs] == [
-        (19552, 153), (19552, 382), (46320, 362), (46320, 905), (90432, 707), (90432, 1766)
+        (19552, 153), (19552, 382), (46320, 362), (46320, 905), (90432, 706), (90432, 1766)
     ]  # fmt: skip
     run = runs[1]
     assert run.name == "c1.26e+10_n19552"

@@ -19,7 +19,8 @@ from isoflop.sweep.runner import Runner, Slot, branch_off, slots_of
 from isoflop.sweep.suite import Suite
 
 STAND_IN = """
-import json, os, signal, sys, time, yaml
+import ctypes, json, os, signal, sys, time, yaml
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # as isoflop.stop.follow_launcher
 run = yaml.safe_load(open(sys.argv[1]))["output"]["run_dir"]
 os.makedirs(run, exist_ok=True)
 import fcntl
@@ -159,6 +160,6 @@ def test_branches_are_bit_for_bit_what_runs_of_their_own_would_be(write_recipe, 
     losses = [{row[0]: row[1:] for row in curve_of(run.recipe)} for run in (branch, alone)]
     cooldown = range(branch.branch_step + 1, branch.steps + 1)
     assert [losses[0][step] for step in cooldown] == [losses[1][step] for step in cooldown]
-    assert [row[1] for row in losses[0].values()] == [row[1] for row in losses[1].values()]
+    assert [row[0] for row in losses[0].values()] == [row[0] for row in losses[1].values()]
     branch_off(branch, trunk)  # it has checkpoints of its own by now
     assert f"step-{branch.steps}" in [file.name for file in checkpoints.iterdir()]
