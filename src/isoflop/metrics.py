@@ -203,9 +203,8 @@ def draw_curve(
 
 def _draw_promise(axes: Any, rows: list[Row], promised: Forecast, total_tokens: int) -> None:
     """The law's prediction at the run's end, and where forecasts on the way saw that end."""
-    low, high = promised.interval or (promised.loss, promised.loss)
-    errors = [[promised.loss - low], [high - promised.loss]]
-    axes.errorbar([total_tokens], [promised.loss], errors, fmt="D", color="#2e8b57", capsize=4, label="predicted by the law, 90%")
+    axes.plot([total_tokens] * 2, promised.interval or [promised.loss] * 2, "_-", color="#2e8b57", markersize=8)
+    axes.plot([total_tokens], [promised.loss], "D", color="#2e8b57", label="predicted by the law, 90%")
     seen = [row for row in rows if "forecast_loss" in row]
     if seen:
         tokens = [row["tokens"] for row in seen]

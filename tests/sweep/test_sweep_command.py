@@ -68,7 +68,8 @@ def test_a_stopped_sweep_goes_on_and_redoes_nothing(write_sweep, tmp_path):
     first, second = (tmp_path / "sweep" / name for name in names)
     command = [sys.executable, "scripts/sweep.py", path]
     sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (second / "metrics.jsonl").exists() and sweep.poll() is None:
+    rows = second / "metrics.jsonl"
+    while not (rows.exists() and rows.stat().st_size) and sweep.poll() is None:
         time.sleep(0.05)
     sweep.send_signal(signal.SIGTERM)
     out, _ = sweep.communicate(timeout=120)
@@ -77,8 +78,8 @@ def test_a_stopped_sweep_goes_on_and_redoes_nothing(write_sweep, tmp_path):
     assert not (second / "summary.json").exists()
     before = {file: file.stat().st_mtime_ns for file in first.rglob("*") if file.is_file()}
     told = run_command(*command, "--dry-run").stdout
-    assert re.search(rf"{names[0]} .* finished ", told)
-    assert re.search(rf"{names[1]} .* stopped at \d+% ", told)
+    assert re.search(rf"{re.escape(names[0])} .* finished ", told)
+    assert re.search(rf"{re.escape(names[1])} .* stopped at \d+% ", told)
     assert "1 of 2 runs finished" in told
     again = run_command(*command, check=False)
     assert again.returncode == 2

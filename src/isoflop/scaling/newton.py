@@ -140,10 +140,10 @@ def _step(gradient: Array, hessian: Array, majoriser: Array, damping: Array) -> 
     scaled = majoriser * scale[:, :, None] * scale[:, None, :] + 1e-13 * np.eye(5)
     curved = hessian * scale[:, :, None] * scale[:, None, :]
     g = gradient * scale
-    lowest = np.linalg.eigvalsh(curved + damping[:, None, None] * scaled)[:, 0]
-    matrix = np.where(
-        (lowest > 1e-12)[:, None, None], curved + damping[:, None, None] * scaled, (1 + damping)[:, None, None] * scaled
-    )
+    damped = curved + damping[:, None, None] * scaled
+    spectrum = np.linalg.eigvalsh(damped)
+    downhill = spectrum[:, 0] > 1e-12 * np.maximum(1, spectrum[:, -1])
+    matrix = np.where(downhill[:, None, None], damped, (1 + damping)[:, None, None] * scaled)
     step = -np.linalg.solve(matrix, g[..., None])[..., 0]
     gain = 0.5 * np.einsum("bi,bi->b", g, np.linalg.solve(scaled, g[..., None])[..., 0])
     step *= scale

@@ -139,10 +139,9 @@ def resample(points: Points, fit: Fit, options: Options, resamples: int, seed: i
     of them. How often the intervals then hold the truth is measured in `tests/scaling/test_coverage.py`.
     """
     generator, count = np.random.default_rng(seed), len(fit.residuals)
-    spread = fit.residuals.std()
-    kernel = KERNEL * spread * count**-0.2  # Silverman 1986, equation 3.31
+    spread, kernel = fit.residuals.std(), KERNEL * count**-0.2  # in standard deviations; Silverman 1986, equation 3.31
     drawn = generator.choice(fit.residuals - fit.residuals.mean(), (resamples, count))
-    drawn = (drawn + generator.normal(0, kernel, drawn.shape)) * spread / np.hypot(spread, kernel)
+    drawn = (drawn + generator.normal(0, kernel * spread, drawn.shape)) / np.hypot(1, kernel)
     drawn *= np.sqrt(count / max(1.0, count - TAKEN))
     problem, theta = problem_of(points, options), _theta(fit.coefficients, points)
     refitted = np.log(fit.loss(points.parameters, points.tokens)) + drawn
