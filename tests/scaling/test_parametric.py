@@ -129,3 +129,19 @@ def test_the_fit_and_its_bootstrap_are_fast():
     started = time.perf_counter()
     assert resample(here, fit_parametric(here), Options(), 1000, 0).shape == (1000, len(NAMES))
     assert time.perf_counter() - started < 15
+
+
+def test_without_noise_every_resample_is_the_law():
+    exact = isoflop()
+    exact = exact._replace(loss=loss_of(HOFFMANN, exact.parameters, exact.tokens))
+    fit = fit_parametric(exact)._replace(residuals=np.zeros(len(exact.loss)))
+    drawn = resample(exact, fit, Options(), 20, 0)
+    assert drawn == pytest.approx(np.tile(fit.coefficients, (20, 1)), rel=1e-6)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_tokens_in_proportion_to_size_are_no_law_and_no_crash(fit):
+    n = np.repeat(np.geomspace(1e7, 1e9, 6), 5)
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.002, len(n)))
+    found = fit(points(n, 20 * n, loss_of(HOFFMANN, n, 20 * n) * noise))
+    assert found.status in ("ill_conditioned", "at_bound")
