@@ -117,7 +117,8 @@ class Job:
 
     def promised(self) -> Forecast | None:
         """The last validation loss that the law predicts."""
-        return self.law and self.law.promise(self.recipe.model, self.num_steps * self.recipe.training.tokens_per_step)
+        tokens = self.num_steps * self.recipe.training.tokens_per_step
+        return None if self.law is None else self.law.promise(self.recipe.model, tokens)
 
     def mfu(self, tokens_per_s: float) -> float | None:
         """Share of the datasheet FLOP/s of all devices that a rate makes use of; None where the hardware is not known."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isoflop.scaling.points import Array, Curve
+from isoflop.scaling.points import Array, Curve, Indices
 from isoflop.scaling.powers import Minimum, PowerLaws, power_laws
 
 GRID = 1500  # budgets, log-spaced, as in Hoffmann et al. 2022, section 3.1
@@ -51,7 +51,7 @@ def fit_envelope(curves: list[Curve], resamples: int, seed: int) -> Envelope | s
     return Envelope(minima, laws, stacked)
 
 
-def _laws(flops: Array, losses: Array, sizes: Array) -> tuple[Array, Array, PowerLaws] | None:
+def _laws(flops: Array, losses: Array, sizes: Array) -> tuple[Indices, Indices, PowerLaws] | None:
     """Budgets where the best run is neither the smallest nor the largest of those that reach them; the best; their laws."""
     reached = np.isfinite(losses)
     best = np.argmin(np.where(reached, losses, np.inf), axis=0)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isoflop.scaling.points import Array, Points
+from isoflop.scaling.points import Array, Indices, Points
 from isoflop.scaling.powers import Minimum, PowerLaws, power_laws
 
 SAME_BUDGET = 0.025  # runs whose FLOPs differ by less: whole steps make budgets uneven by up to a percent
@@ -33,7 +33,7 @@ def profiles(points: Points) -> list[Profile]:
     return [_profile(points.take(group)) for group in budgets(points)]
 
 
-def budgets(points: Points) -> list[Array]:
+def budgets(points: Points) -> list[Indices]:
     """Indices of the runs of each budget: those that several sizes share."""
     order = np.argsort(points.flops, kind="stable")
     breaks = np.flatnonzero(np.diff(np.log(points.flops[order])) > SAME_BUDGET) + 1
@@ -84,7 +84,9 @@ def resample(found: list[Profile], resamples: int, seed: int) -> PowerLaws:
     """
     generator = np.random.default_rng(seed)
     used = [profile for profile in found if profile.minimum]
-    fitted = [np.polyval(profile.polynomial, np.log(profile.points.parameters)) for profile in used]
+    fitted = [
+        np.polyval(profile.polynomial, np.log(profile.points.parameters)) for profile in used if profile.polynomial is not None
+    ]
     relative = [
         np.log(profile.points.loss / fit) * np.sqrt(len(fit) / (len(fit) - 3)) for profile, fit in zip(used, fitted, strict=True)
     ]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isoflop.scaling.points import Array
+from isoflop.scaling.points import Array, Indices
 
 TOLERANCE = 1e-13  # of the objective that a step is still predicted to gain
 VANISHED = 1e-26  # a sum of squares of log losses that double precision cannot tell from none
@@ -55,7 +55,8 @@ def terms(theta: Array, x: Array, y: Array) -> tuple[Array, Array]:
 def objective(theta: Array, problem: Problem) -> Array:
     """Sum of weighted Huber losses, (batch,)."""
     residual = terms(theta, problem.x, problem.y)[0] - problem.log_loss
-    return (_weights(residual, problem) * huber(residual, problem.delta)).sum(axis=-1)
+    total: Array = (_weights(residual, problem) * huber(residual, problem.delta)).sum(axis=-1)
+    return total
 
 
 def huber(residual: Array, delta: float) -> Array:
@@ -97,7 +98,8 @@ def derivatives(theta: Array, problem: Problem) -> tuple[Array, Array, Array, Ar
 
 
 def _outer(weights: Array, jacobian: Array) -> Array:
-    return np.matmul((weights[..., None] * jacobian).swapaxes(1, 2), jacobian)
+    product: Array = np.matmul((weights[..., None] * jacobian).swapaxes(1, 2), jacobian)
+    return product
 
 
 def minimise(theta: Array, problem: Problem) -> Solution:
@@ -124,7 +126,7 @@ def minimise(theta: Array, problem: Problem) -> Solution:
     return Solution(theta, value, converged)
 
 
-def _rows(problem: Problem, active: Array) -> Problem:
+def _rows(problem: Problem, active: Indices) -> Problem:
     own = {
         name: values[active]
         for name in ("log_loss", "weights")

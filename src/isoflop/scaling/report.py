@@ -56,7 +56,8 @@ def fit_laws(points: Points, curves: list[Curve], options: Options) -> Report:
         "points": {
             "count": len(points.loss),
             **{
-                name: [float(v.min()), float(v.max())] for name, v in zip(("parameters", "tokens", "flops"), points, strict=False)
+                name: [float(v.min()), float(v.max())]
+                for name, v in zip(("parameters", "tokens", "flops"), points[:3], strict=True)
             },
             "budgets": [profile.flops for profile in found],
         },

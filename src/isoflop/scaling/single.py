@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from isoflop.scaling.points import Array, Points
+from isoflop.scaling.points import Array, Indices, Points
 from isoflop.scaling.powers import log_line
 
 FEWEST = 3  # a line through two points has no residual
@@ -21,7 +21,7 @@ def fit_single(points: Points) -> dict[str, Any]:
     return {name: _law(x, points.loss, _frontier(x, points.loss)) for name, x in axes.items()}
 
 
-def _law(x: Array, loss: Array, chosen: Array) -> dict[str, Any]:
+def _law(x: Array, loss: Array, chosen: Indices) -> dict[str, Any]:
     if len(np.unique(x[chosen])) < FEWEST:
         return {"status": "not fitted", "reason": f"{len(np.unique(x[chosen]))} values, and a line with an error needs {FEWEST}"}
     k, slope = log_line(x[chosen], loss[chosen])
@@ -35,7 +35,7 @@ def _law(x: Array, loss: Array, chosen: Array) -> dict[str, Any]:
     }
 
 
-def _frontier(x: Array, loss: Array) -> Array:
+def _frontier(x: Array, loss: Array) -> Indices:
     """Runs whose loss no run of less or equal x reaches."""
     order = np.lexsort((loss, x))
     best_before = np.concatenate([[np.inf], np.minimum.accumulate(loss[order])[:-1]])
