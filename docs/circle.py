@@ -27,7 +27,22 @@ HERE = Path(__file__).parent
 SWEEP = "recipes/sweeps/laptop.yaml"
 TIMES = 5  # the largest budget
 LAUNCH = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml"]
-NORMS = 0.02  # of the loss: how near the prediction is meant to come
+NEAR = 0.02  # of the loss: how near the prediction is meant to come
+BEFORE = """## What decides it
+
+Designs that were tried before this one, on the same text:
+
+- **Two to four layers by aspect ratio, D/N from 2 to 88**, budgets 1e12 to 4.2e12: E = 2.48, and for 391,440 parameters and 2.1e13
+  FLOPs 2.951 (2.901 to 2.998) was predicted where 2.782 was measured: +6.0%, outside. The small sizes of two layers level off where
+  they see many tokens, which the law takes for an E that larger models do not have: from the same runs with D/N of 4 to 50 it
+  predicts 2.842 (+2.1%). So sizes now share one depth and differ in width, and lie nearer each budget's best.
+- **A step of 2,048 tokens**: at 1e12 FLOPs 0.06 nats worse than 1,024, and seeds differed by 0.5% instead of 0.2%; runs of some
+  hundred steps are short of steps, not of tokens.
+- **A rate that ends at 10% of its peak**: runs lay 1% from the law, instead of half of that.
+- **320 entries in the vocabulary**: 1.1% from the law. Learning to copy from the context comes at its own time in each run.
+
+What remains is E: four budgets within a factor of 6.5 tell it badly, as its interval says, and so this law should be trusted about as
+far as here."""
 
 
 def main() -> None:
@@ -57,7 +72,7 @@ def page(
     """The page, from the fit's numbers, the run's summary and metrics, and the sweep's table."""
     fit, (low, high) = report["parametric"], summary["predicted_loss_interval"]
     error, measured = summary["prediction_error"], summary["val_loss"]
-    kept = (abs(error) < NORMS) + summary["inside_interval"]
+    kept = (abs(error) < NEAR) + summary["inside_interval"]
     told = {0: "Neither was kept", 1: "One of the two was kept", 2: "Both were kept"}[kept]
     coefficients = markdown(
         ["coefficient", "value", "90% interval"],
@@ -66,7 +81,7 @@ def page(
     forecasts = [
         [f"{row['tokens'] / summary['tokens']:.0%}", f"{row['val_loss']:.4f}", f"{row['forecast_loss']:.4f}",
          f"{row['forecast_low']:.4f} to {row['forecast_high']:.4f}", f"{row['forecast_loss'] / measured - 1:+.2%}"]
-        for row in rows if row.get("forecast_loss")
+        for row in rows if row.get("forecast_loss") and row["tokens"] < 0.99 * summary["tokens"]
     ]  # fmt: skip
     promise = markdown(
         ["", "loss (nats per token)"],
@@ -77,7 +92,7 @@ def page(
 
 Made by `python docs/circle.py`, on two CPU cores, on real text: Python's own sources and those of the packages installed beside
 it. A sweep of {len(runs)} runs is trained and fitted; its law says what a run at {TIMES} times the largest budget will come to;
-then that run is trained. The promise to keep: an error under {NORMS:.0%}, and a measured loss inside the 90% interval.
+then that run is trained. The promise to keep: an error under {NEAR:.0%}, and a measured loss inside the 90% interval.
 
 {promise}
 
@@ -88,8 +103,8 @@ sweep's largest: {report["points"]["flops"][1]:.3g}.
 
 ## From mid-run on, a forecast
 
-By how far the sweep's own runs, under the same schedule, still fell from the same share of their tokens. It needs no exponents,
-and narrows as the run goes on; `metrics.jsonl` and the curve have it.
+By how far the sweep's own runs, under the same schedule, still fell from the same share of their tokens, as a power of N and D. It
+needs no law of the loss, and narrows as the run goes on; `metrics.jsonl` and the curve have it.
 
 {markdown(["share of the tokens", "validation loss", "forecast of the last", "90% interval", "error"], forecasts)}
 
@@ -105,6 +120,8 @@ loss = E + A / N^alpha + B / D^beta, fitted in {fit["seconds"]:.2f} s, {fit["res
 {left_out(report["leave_largest_out"], markdown)}
 
 {verdict(report)}
+
+{BEFORE}
 
 ## The runs
 

@@ -125,6 +125,7 @@ def test_commands_of_the_laws_are_there(copy):
     """The sweep takes half an hour: docs/circle.py types it, tests/sweep does at toy size. What is left to do is said at once."""
     first, *others = [line for line in blocks("sh laws")[0].splitlines() if line.startswith("python scripts/")]
     assert "0 of 20 runs finished" in shell(f"source .venv/bin/activate; {first}", copy)
+    assert "pretrain.py runs/laptop_c2.60e+13_n" in blocks("sh laws")[0]
     for command in others:
         _, script, *arguments = shlex.split(command)
         said = shell(f"source .venv/bin/activate; python {script} --help", copy)

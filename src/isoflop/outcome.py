@@ -112,8 +112,9 @@ def prediction(job: Job, measured: float) -> dict[str, Any]:
 
 def forecast(job: Job, log: MetricsLog, row: Row) -> dict[str, float]:
     """From mid-run on, the last validation loss that the law's runs foretell from this one, for the metrics."""
-    share = row["step"] / job.num_steps
-    ahead = job.law.forecast(row["val_loss"], share, job.recipe.schedule.name) if job.law else None
+    share, recipe = row["step"] / job.num_steps, job.recipe
+    tokens = job.num_steps * recipe.training.tokens_per_step
+    ahead = job.law.forecast(row["val_loss"], share, recipe.schedule.name, recipe.model, tokens) if job.law else None
     if ahead is None or ahead.interval is None:
         return {}
     log.say(f"step {row['step']}: forecast of the last validation loss: {told(ahead)}")

@@ -81,7 +81,7 @@ def test_the_law_file_is_a_law(fit, tmp_path):
 
 
 def test_a_law_of_runs_carries_their_progress_and_at_most_a_thousand_draws(tmp_path):
-    progress = Progress(schedule="cosine", gaps=[(0.5, -0.1, 0.01)])
+    progress = Progress(schedule="cosine", center=(9.0, 15.0), covariance=np.eye(3).tolist(), gaps=[(0.5, -2.0, 0.1, 0.2, 0.01)])
     measured = read_table(write_table(tmp_path / "t.json"))
     report = fit_laws(measured.points, [], Options(resamples=60))
     bad = np.vstack([report.draws[0] * [1, 1, -1, 1, 1], report.draws[0] * [1, 1, 1, 1, 100]])

@@ -88,14 +88,40 @@ def test_folders_may_be_given_one_by_one(sweep, tmp_path):
 
 
 def test_the_gap_to_the_last_loss_is_told_by_share_of_the_tokens(sweep, tmp_path):
-    """These runs lie at (2 - share) times their last loss, so that every gap is -log(2 - share), alike for all."""
+    """These runs lie at (2 - share) times their last loss, whatever their size and length."""
     progress = measured_runs([str(tmp_path / "sweep")]).progress
     assert progress.schedule == "cosine"
     assert [gap[0] for gap in progress.gaps] == [0.5, 0.6, 0.7, 0.8, 0.9]
-    for share, mean, deviation in progress.gaps:
-        assert mean == pytest.approx(-math.log(2 - share))
-        assert deviation == pytest.approx(0, abs=1e-12)
+    for share, intercept, *rest in progress.gaps:
+        assert intercept == pytest.approx(math.log(math.log(2 - share)))
+        assert rest == pytest.approx([0, 0, 0], abs=1e-9)
+        assert progress.fall(share, 1e6, 1e9) == pytest.approx([math.log(2 - share)] * 3)
+    assert progress.fall(1.0, 1e6, 1e9) == (0, 0, 0)
     assert isinstance(progress, Progress)
+
+
+def test_larger_and_longer_runs_may_still_fall_further(tmp_path):
+    """Losses above the last one by a factor exp(0.1 sqrt(N D) / 1e5) at half of the tokens: the law of it is found."""
+    for width in WIDTHS:
+        for steps in (100, 200):
+            folder = tmp_path / "sweep" / f"w{width}_s{steps}"
+            recipe = write_run(folder, width, steps)
+            fall = 0.1 * math.sqrt(cost.parameters(recipe.model) * 256 * steps) / 1e5
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            last = rows[-1]["val_loss"]
+            for row in rows[:-1]:
+                row["val_loss"] = last * math.exp(fall) if row["step"] in (10, steps // 2) else None
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    progress = measured_runs([str(tmp_path / "sweep")]).progress
+    share, _, by_n, by_d, deviation = progress.gaps[0]
+    assert (share, by_n, by_d, deviation) == pytest.approx((0.5, 0.5, 0.5, 0), abs=1e-9)
+    assert progress.fall(0.5, 1e6, 1e8) == pytest.approx([0.1 * math.sqrt(1e14) / 1e5] * 3)
+
+
+def test_few_runs_tell_no_gap(tmp_path):
+    from isoflop.fit.runs import progress_of
+
+    assert progress_of([]) is None
 
 
 def test_runs_of_several_schedules_tell_no_gap(sweep, tmp_path):

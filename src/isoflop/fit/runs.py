@@ -18,7 +18,7 @@ from isoflop.scaling.laws import Progress
 from isoflop.scaling.points import Curve, Points
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of a run's tokens, from where its last loss is foretold
-FEWEST_RUNS = 3  # from which a mean and a standard deviation are told
+FEWEST_RUNS = 5  # two more than the coefficients of how far losses fall
 
 
 class Finished(NamedTuple):
@@ -130,18 +130,29 @@ def _origin(finished: list[Finished]) -> str:
 
 
 def progress_of(finished: list[Finished]) -> Progress | None:
-    """Of the runs that were validated before and behind each share of their tokens: how far their last loss lies from there.
+    """How far the runs' last losses lie below those at each share of their tokens, by size and length.
 
-    None where fewer than `FEWEST_RUNS` were, or the runs have several schedules of the learning rate.
+    None where fewer than `FEWEST_RUNS` fell from there on, or the runs have several schedules of the learning rate.
     """
     schedules = {one.run.recipe.schedule.name for one in finished}
+    if len(finished) < FEWEST_RUNS or len(schedules) > 1:
+        return None
+    logs = np.log([[one.run.parameters, one.tokens] for one in finished])
+    design = np.column_stack([np.ones(len(logs)), logs - logs.mean(axis=0)])
+    covariance = np.linalg.pinv(design.T @ design)  # of sizes or lengths that are all the same: no slope
     gaps = []
     for share in SHARES:
-        logs = []
-        for one in finished:
-            tokens, losses = one.run.validation("tokens", NATS)
-            if tokens[0] <= share * one.tokens:
-                logs.append(math.log(one.loss / float(np.interp(share * one.tokens, tokens, losses))))
-        if len(logs) >= FEWEST_RUNS:
-            gaps.append((share, float(np.mean(logs)), float(np.std(logs, ddof=1))))
-    return Progress(schedule=schedules.pop(), gaps=gaps) if gaps and len(schedules) == 1 else None
+        falls = np.array([_fall(one, share) for one in finished])
+        if (falls > 0).all():
+            coefficients = covariance @ design.T @ np.log(falls)
+            free = len(falls) - np.linalg.matrix_rank(design)
+            deviation = math.sqrt(float(np.sum((np.log(falls) - design @ coefficients) ** 2)) / free)
+            gaps.append((share, *map(float, coefficients), deviation))
+    center = (float(logs[:, 0].mean()), float(logs[:, 1].mean()))
+    return Progress(schedule=schedules.pop(), center=center, covariance=covariance.tolist(), gaps=gaps) if gaps else None
+
+
+def _fall(one: Finished, share: float) -> float:
+    """log(loss at a share of the tokens / last loss), between validations by a line; not a number before the first one."""
+    tokens, losses = one.run.validation("tokens", NATS)
+    return math.log(float(np.interp(share * one.tokens, tokens, losses, left=math.nan)) / one.loss)

@@ -52,12 +52,31 @@ class FittedOn(Section):
 
 
 class Progress(Section):
-    """How far losses on the way lie above the last one, in the runs that a law was fitted to."""
+    """How far losses on the way lie above the last one, in the runs that a law was fitted to.
+
+    log(log(loss there / last loss)) = intercept + a (log N - center) + b (log D - center) at each share of a run's tokens: what
+    the rate's fall still gains is more in larger and longer runs.
+    """
 
     schedule: str
     """Of the learning rate, which decides it."""
-    gaps: list[Annotated[tuple[Signed, Signed, Signed], Field(strict=False)]]
-    """Share of the tokens; over the runs, mean and standard deviation of log(last validation loss / that one). Shares rise."""
+    center: Annotated[tuple[Signed, Signed], Field(strict=False)]
+    """Means of log N and log D."""
+    covariance: list[list[Signed]]
+    """(3, 3), of intercept, a and b, in units of the squared deviation."""
+    gaps: list[Annotated[tuple[Signed, Signed, Signed, Signed, Signed], Field(strict=False)]]
+    """Share of the tokens, intercept, a, b, and the standard deviation of a run. Shares rise."""
+
+    def fall(self, share: float, parameters: float, tokens: float) -> tuple[float, float, float]:
+        """log(loss there / last loss), and the 5th and 95th percentile of single runs; it is 0 at the end."""
+        x = np.array([1.0, np.log(parameters) - self.center[0], np.log(tokens) - self.center[1]])
+        shares, coefficients, deviations = (part := np.array(self.gaps))[:, 0], part[:, 1:4], part[:, 4]
+        logs = coefficients @ x
+        reach = NORMAL_90 * deviations * np.sqrt(1 + x @ np.array(self.covariance) @ x)
+        middle, low, high = (
+            float(np.interp(share, [*shares, 1.0], [*np.exp(bound), 0.0])) for bound in (logs, logs - reach, logs + reach)
+        )
+        return middle, low, high
 
 
 class Forecast(NamedTuple):
@@ -120,17 +139,15 @@ class Law(Section):
         low, high = np.quantile(scattered, INTERVAL)
         return Forecast(float(self.loss(size, tokens)), (float(low), float(high)))
 
-    def forecast(self, loss: float, share: float, schedule: str) -> Forecast | None:
-        """The last validation loss of a run that has `loss` after a share of its tokens; None where the law's runs do not tell.
+    def forecast(self, loss: float, share: float, schedule: str, model: Model, tokens: float) -> Forecast | None:
+        """The last validation loss of a run over `tokens` that has `loss` after a share of them; None where the law cannot tell.
 
-        They tell from their first share on, under the same schedule of the learning rate.
+        Its runs tell from their first share on, under the same schedule of the learning rate.
         """
         if self.progress is None or schedule != self.progress.schedule or not self.progress.gaps[0][0] <= share < 1:
             return None
-        shares, means, deviations = np.array([*self.progress.gaps, (1.0, 0.0, 0.0)]).T
-        mean, deviation = np.interp(share, shares, means), np.interp(share, shares, deviations)
-        low, middle, high = loss * np.exp([mean - NORMAL_90 * deviation, mean, mean + NORMAL_90 * deviation])
-        return Forecast(float(middle), (float(low), float(high)))
+        middle, low, high = (loss * float(np.exp(-fall)) for fall in self.progress.fall(share, self.size(model), tokens))
+        return Forecast(middle, (high, low))
 
     def _drawn(self, parameters: float, tokens: float) -> NDArray[np.float64]:
         return self._powers(np.asarray(self.draws).T).loss(np.asarray(parameters), np.asarray(tokens))
