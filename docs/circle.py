@@ -32,17 +32,17 @@ BEFORE = """## What decides it
 
 Designs that were tried before this one, on the same text:
 
-- **Two to four layers by aspect ratio, D/N from 2 to 88**, budgets 1e12 to 4.2e12: E = 2.48, and for 391,440 parameters and 2.1e13
-  FLOPs 2.951 (2.901 to 2.998) was predicted where 2.782 was measured: +6.0%, outside. The small sizes of two layers level off where
-  they see many tokens, which the law takes for an E that larger models do not have: from the same runs with D/N of 4 to 50 it
-  predicts 2.842 (+2.1%). So sizes now share one depth and differ in width, and lie nearer each budget's best.
+- **Two to four layers by aspect ratio, D/N from 2 to 88**, budgets 1e12 to 4.2e12: E = 2.48, and for 391,440 parameters and
+  2.1e13 FLOPs 2.951 (2.901 to 2.998) was predicted where 2.782 was measured: +6.0%, outside. The small sizes of two layers level
+  off where they see many tokens, which the law takes for an E that larger models do not have: from the same runs with D/N of 4 to
+  50 it predicts 2.842 (+2.1%). So sizes now share one depth and differ in width, and lie nearer each budget's best.
 - **A step of 2,048 tokens**: at 1e12 FLOPs 0.06 nats worse than 1,024, and seeds differed by 0.5% instead of 0.2%; runs of some
   hundred steps are short of steps, not of tokens.
 - **A rate that ends at 10% of its peak**: runs lay 1% from the law, instead of half of that.
 - **320 entries in the vocabulary**: 1.1% from the law. Learning to copy from the context comes at its own time in each run.
 
-What remains is E: four budgets within a factor of 6.5 tell it badly, as its interval says, and so this law should be trusted about as
-far as here."""
+What remains is E: four budgets within a factor of 6.5 tell it badly, as its interval says, and so this law should be trusted
+about as far as here."""
 
 
 def main() -> None:
@@ -78,11 +78,13 @@ def page(
         ["coefficient", "value", "90% interval"],
         [[name, f"{fit[name]:.5g}", _span(fit["intervals"][name], ".4g")] for name in ("E", "A", "alpha", "B", "beta")],
     )
+    ahead = [row for row in rows if row.get("forecast_loss") and row["tokens"] < 0.99 * summary["tokens"]]
     forecasts = [
         [f"{row['tokens'] / summary['tokens']:.0%}", f"{row['val_loss']:.4f}", f"{row['forecast_loss']:.4f}",
          f"{row['forecast_low']:.4f} to {row['forecast_high']:.4f}", f"{row['forecast_loss'] / measured - 1:+.2%}"]
-        for row in rows if row.get("forecast_loss") and row["tokens"] < 0.99 * summary["tokens"]
+        for row in ahead
     ]  # fmt: skip
+    inside = sum(row["forecast_low"] <= measured <= row["forecast_high"] for row in ahead)
     promise = markdown(
         ["", "loss (nats per token)"],
         [["predicted before training", f"{summary['predicted_loss']:.4f}"], ["90% interval of a run", f"{low:.4f} to {high:.4f}"],
@@ -103,8 +105,9 @@ sweep's largest: {report["points"]["flops"][1]:.3g}.
 
 ## From mid-run on, a forecast
 
-By how far the sweep's own runs, under the same schedule, still fell from the same share of their tokens, as a power of N and D. It
-needs no law of the loss, and narrows as the run goes on; `metrics.jsonl` and the curve have it.
+By how far the sweep's own runs, under the same schedule, still fell from the same share of their tokens, as a power of N and D.
+It needs no law of the loss, and narrows as the run goes on; `metrics.jsonl` and the curve have it. Its interval is that of runs
+like the sweep's: {inside} of {len(forecasts)} held the measured loss of this one, five times beyond them.
 
 {markdown(["share of the tokens", "validation loss", "forecast of the last", "90% interval", "error"], forecasts)}
 

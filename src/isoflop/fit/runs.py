@@ -144,10 +144,10 @@ def progress_of(finished: list[Finished]) -> Progress | None:
     for share in SHARES:
         falls = np.array([_fall(one, share) for one in finished])
         if (falls > 0).all():
-            coefficients = covariance @ design.T @ np.log(falls)
+            intercept, by_n, by_d = coefficients = covariance @ design.T @ np.log(falls)
             free = len(falls) - np.linalg.matrix_rank(design)
             deviation = math.sqrt(float(np.sum((np.log(falls) - design @ coefficients) ** 2)) / free)
-            gaps.append((share, *map(float, coefficients), deviation))
+            gaps.append((share, float(intercept), float(by_n), float(by_d), deviation))
     center = (float(logs[:, 0].mean()), float(logs[:, 1].mean()))
     return Progress(schedule=schedules.pop(), center=center, covariance=covariance.tolist(), gaps=gaps) if gaps else None
 
