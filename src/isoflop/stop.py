@@ -100,11 +100,15 @@ def grace_s() -> float:
 
 
 def follow_launcher() -> None:
-    """Have the kernel send SIGTERM when `accelerate launch` dies: its simple launcher passes no signal on.
+    """End with `accelerate launch`, whose simple launcher passes no signal on; not with a shell, whose end must not end a run
+    under nohup."""
+    if launched_by_accelerate():
+        end_with_parent()
 
-    Linux only (prctl(2), PR_SET_PDEATHSIG); not under a shell, whose end must not end a run under nohup.
-    """
-    if sys.platform == "linux" and launched_by_accelerate():
+
+def end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when its parent dies (prctl(2), PR_SET_PDEATHSIG; Linux only)."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 

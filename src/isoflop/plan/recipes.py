@@ -158,7 +158,7 @@ def repeated_data(recipe: Recipe, tokens: int, law: Law) -> dict[str, Any] | Non
     unique, source = dataset_tokens(recipe)
     if unique is None:
         return None
-    worth = effective_tokens(tokens, unique)
+    worth = float(effective_tokens(tokens, unique))
     return {
         "unique_tokens": unique,
         "unique_tokens_source": source,

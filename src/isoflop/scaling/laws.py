@@ -217,15 +217,19 @@ def load_law(name_or_path: str) -> Law:
         raise UserError(f"law {name_or_path}: {faults.removeprefix(': ')}") from None
 
 
-def effective_tokens(tokens: float, unique_tokens: float) -> float:
+R_STAR = 15.39  # repetitions after which their worth has fallen by 1 - 1/e: Muennighoff et al. 2023, section 5
+
+
+def effective_tokens(tokens: ArrayLike, unique_tokens: ArrayLike, r_star: float = R_STAR) -> NDArray[np.float64]:
     """Tokens of fresh data that `tokens` seen over `unique_tokens` are worth: D' = U + U R* (1 - exp(-R / R*)).
 
-    R = D / U - 1 repetitions, R* = 15.39 (Muennighoff et al. 2023, arXiv:2305.16264, equation 5 and section 5).
+    R = D / U - 1 repetitions (Muennighoff et al. 2023, arXiv:2305.16264, equation 5); D itself where nothing repeats. Any
+    shapes that broadcast.
     """
-    if tokens <= unique_tokens:
-        return tokens
-    r_star, repetitions = 15.39, tokens / unique_tokens - 1
-    return float(unique_tokens * (1 + r_star * (1 - np.exp(-repetitions / r_star))))
+    seen, unique = np.asarray(tokens, dtype=float), np.asarray(unique_tokens, dtype=float)
+    repetitions = np.maximum(seen / unique - 1, 0)
+    worth: NDArray[np.float64] = np.minimum(seen, unique) + unique * r_star * -np.expm1(-repetitions / r_star)
+    return worth
 
 
 def critical_batch_tokens(loss: float) -> float:

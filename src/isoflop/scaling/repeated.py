@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize_scalar
 
+from isoflop.scaling.laws import effective_tokens
 from isoflop.scaling.parametric import NAMES, Options, fit_parametric
-from isoflop.scaling.points import Array, Points
+from isoflop.scaling.points import Points
 
 FEWEST_REPEATED = 3  # runs that see their data again
-R_STAR = (0.1, 1000.0)  # repetitions after which their worth has fallen by 1 - 1/e; Muennighoff et al. 2023 found 15.39
+BOUNDS = (0.1, 1000.0)  # of R*
 
 
 def fit_repeated(points: Points, options: Options) -> dict[str, Any]:
@@ -26,13 +27,13 @@ def fit_repeated(points: Points, options: Options) -> dict[str, Any]:
         }
 
     def worth(log_r_star: float) -> Points:
-        return points._replace(tokens=effective(points.tokens, unique, float(np.exp(log_r_star))))
+        return points._replace(tokens=effective_tokens(points.tokens, unique, float(np.exp(log_r_star))))
 
     found = minimize_scalar(
-        lambda log_r_star: fit_parametric(worth(log_r_star), options).objective, bounds=np.log(R_STAR), method="bounded"
+        lambda log_r_star: fit_parametric(worth(log_r_star), options).objective, bounds=np.log(BOUNDS), method="bounded"
     )
     fit, r_star = fit_parametric(worth(found.x), options), float(np.exp(found.x))
-    at_bound = not 1.01 * R_STAR[0] < r_star < 0.99 * R_STAR[1]
+    at_bound = not 1.01 * BOUNDS[0] < r_star < 0.99 * BOUNDS[1]
     return {
         "status": "at_bound" if at_bound else fit.status,
         "r_star": r_star,
@@ -40,10 +41,3 @@ def fit_repeated(points: Points, options: Options) -> dict[str, Any]:
         "points": repeated,
         **dict(zip(NAMES, map(float, fit.coefficients), strict=True)),
     }
-
-
-def effective(tokens: Array, unique: Array, r_star: float) -> Array:
-    """D' = U + U R* (1 - exp(-R / R*)), R = D / U - 1 repetitions; D itself where nothing repeats."""
-    repetitions = np.maximum(tokens / unique - 1, 0)
-    worth: Array = np.minimum(tokens, unique) + unique * r_star * -np.expm1(-repetitions / r_star)
-    return worth

@@ -6,7 +6,6 @@ may work on one folder, on one machine or many: a run that another process train
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from isoflop.checkpoint.folder import list_checkpoints
 from isoflop.disk import write_aside
 from isoflop.recipe_file import to_yaml
 from isoflop.run_folder import RunFolder
-from isoflop.stop import EXIT_RESUME
+from isoflop.stop import EXIT_RESUME, end_with_parent
 from isoflop.sweep.design import Group, Run
 from isoflop.sweep.state import state_of
 
@@ -113,7 +112,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env=os.environ | slot.environment,
                 start_new_session=True,  # a Ctrl-C reaches it through the sweep alone, once
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_with_parent,  # a sweep that is killed takes its runs with it: their launchers pass the end on
             )
 
     def _collect(self) -> None:
@@ -155,8 +154,3 @@ def branch_off(run: Run, trunk: Run) -> None:
     shutil.copytree(checkpoint, aside, copy_function=os.link)
     shutil.copyfile(origin.metrics, folder.metrics)  # later rows are cut off when it goes on
     aside.rename(folder.checkpoints / checkpoint.name)
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process when the sweep is killed (prctl(2), PR_SET_PDEATHSIG); it passes the end on."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
