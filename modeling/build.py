@@ -1,4 +1,4 @@
-"""From config fields to a stock transformers model with the initial weights a recipe asks for."""
+"""From config fields to a transformers model, stock or hybrid, with the initial weights a recipe asks for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+from isoflop.modeling.configuration_hybrid import HybridConfig
 from isoflop.modeling.documents import attend
+from isoflop.modeling.modeling_hybrid import HybridForCausalLM
 
-RESIDUAL_PROJECTIONS = ("o_proj", "down_proj", "c_proj")  # what each block adds to the residual stream, in Llama and GPT-2
+RESIDUAL_PROJECTIONS = (
+    "o_proj",
+    "down_proj",
+    "c_proj",
+)  # what each block adds to the residual stream, in Llama, the hybrid and GPT-2
 
 # transformers' own sdpa, without its mask builder: that looks for packed documents in every batch and waits for the device each
 # time. Windows here carry no padding, so the kernel's own causal flag is all the mask there is; documents that are kept apart
@@ -20,27 +34,31 @@ RESIDUAL_PROJECTIONS = ("o_proj", "down_proj", "c_proj")  # what each block adds
 UNMASKED_SDPA = "sdpa_unmasked"
 AttentionInterface.register(UNMASKED_SDPA, attend)
 
+# So that what is saved opens without remote code wherever this package is.
+AutoConfig.register(HybridConfig.model_type, HybridConfig)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
+
 
 def build_config(fields: dict[str, Any], eos_token_id: int, bos_token_id: int | None) -> PretrainedConfig:
-    """A `GPT2Config` or `LlamaConfig` from its fields (`model_type` among them).
+    """A `GPT2Config`, `LlamaConfig` or `HybridConfig` from its fields (`model_type` among them).
 
     `pad_token_id` stays unset: GPT-2 would look for padding in every batch, which waits for the device each time.
     """
     fields = dict(fields)
     model_type, attention = fields.pop("model_type"), fields.pop("attn_implementation")
-    if model_type == "llama":
+    if model_type != "gpt2":
         fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-    config_class = {"gpt2": GPT2Config, "llama": LlamaConfig}[model_type]
+    config_class = {"gpt2": GPT2Config, "llama": LlamaConfig, "hybrid": HybridConfig}[model_type]
     config = config_class(**fields, eos_token_id=eos_token_id, bos_token_id=bos_token_id, pad_token_id=None)
     config._attn_implementation = UNMASKED_SDPA if attention == "sdpa" else attention
     return config
 
 
 def build_model(config: PretrainedConfig, depth_scaled_init: bool, seed: int) -> PreTrainedModel:
-    """A stock causal LM in fp32: matrices normal(0, initializer_range), biases zero, norms one.
+    """A causal LM in fp32: matrices normal(0, initializer_range), biases zero, norms one.
 
     With `depth_scaled_init` residual projections get initializer_range / sqrt(2 x layers) (Radford et al. 2019,
-    section 2.3), otherwise initializer_range; stock GPT-2 always scales and stock Llama never does.
+    section 2.3), otherwise initializer_range; stock GPT-2 and the hybrid always scale and stock Llama never does.
     """
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -52,7 +70,7 @@ def build_model(config: PretrainedConfig, depth_scaled_init: bool, seed: int) ->
 
 
 def load_model(config: PretrainedConfig, read: Callable[[dict[str, torch.Tensor]], None]) -> PreTrainedModel:
-    """A stock causal LM in fp32 whose weights `read` fills by their names, tied ones once; nothing is initialized or copied."""
+    """A causal LM in fp32 whose weights `read` fills by their names, tied ones once; nothing is initialized or copied."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
