@@ -92,6 +92,10 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class ResidualLinear(nn.Linear):
+    """A projection whose output is added to the stream; a class of its own, so that its weights begin smaller."""
+
+
 class HybridAttention(nn.Module):
     """Causal attention with heads of any number and size."""
 
@@ -105,7 +109,7 @@ class HybridAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = ResidualLinear(width, config.hidden_size, bias=config.attention_bias)
         self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
@@ -144,7 +148,7 @@ class HybridMLP(nn.Module):
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.mlp == "swiglu" else None
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.down_proj = ResidualLinear(inner, hidden, bias=bias)
         self.activation = ACT2FN[ACTIVATIONS[config.mlp]]
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -203,17 +207,17 @@ class HybridPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": HybridDecoderLayer, "attentions": HybridAttention}
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Matrices normal(0, initializer_range), biases zero, norms one; what a layer adds to the stream is scaled by depth.
 
-        By 1 / sqrt(2 x layers), for the two sums of each layer (Radford et al. 2019, section 2.3).
+        By 1 / sqrt(2 x layers), for the two sums of each layer (Radford et al. 2019, section 2.3). Told by the projection's own
+        class: of a class that is not its own, transformers passes over modules that hold no parameter themselves.
         """
         super()._init_weights(module)
-        if isinstance(module, HybridAttention | HybridMLP):
-            into_stream = module.o_proj if isinstance(module, HybridAttention) else module.down_proj
-            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(into_stream.weight, mean=0.0, std=std)
+        if isinstance(module, ResidualLinear):
+            init.normal_(
+                module.weight, mean=0.0, std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            )
 
 
 class HybridModel(HybridPreTrainedModel):
