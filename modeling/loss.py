@@ -22,10 +22,13 @@ CHUNK_LOGITS_BYTES = 128 * 2**20
 
 
 class _ChunkedCrossEntropySum(torch.autograd.Function):
-    """sum over rows of cross_entropy(hidden @ weight.T, targets); gradients are computed in the forward pass."""
+    """sum over rows of cross_entropy(hidden @ weight.T, targets); gradients are computed in the forward pass.
+
+    With `softcap` c the logits are c tanh(logits / c), whose slope is 1 - tanh^2.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, softcap: float | None) -> Tensor:
         # hidden (rows, hidden_size), weight (vocab, hidden_size), targets (rows,)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -35,6 +38,11 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_rows):
             rows, goal = hidden[start : start + chunk_rows], targets[start : start + chunk_rows]
             logits = (rows @ weight.T).float()  # (chunk, vocab)
+            slope = None
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_()
+                slope = 1 - logits.square()
+                logits = logits.mul_(softcap)
             log_z = torch.logsumexp(logits, dim=-1)
             kept = goal != IGNORED
             index = goal.clamp(min=0).unsqueeze(-1)
@@ -44,7 +52,8 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
             # d loss / d logits = softmax - onehot, written over the logits
             grad = logits.sub_(log_z.unsqueeze(-1)).exp_()
             grad.scatter_add_(-1, index, torch.full_like(index, -1, dtype=grad.dtype))
-            grad = grad.mul_(kept.unsqueeze(-1)).to(weight.dtype)
+            grad = grad.mul_(kept.unsqueeze(-1))
+            grad = (grad if slope is None else grad.mul_(slope)).to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + chunk_rows])
             if grad_weight is not None:
@@ -54,21 +63,24 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
         return loss_sum
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grad_outputs
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(scale)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
-def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
+def linear_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None, softcap: float | None = None
+) -> Tensor:
     """Sum of next-token losses in nats, fp32, holding at most `chunk_rows` rows of logits.
 
     hidden (..., hidden_size), weight (vocab, hidden_size), targets (...) of ids or `IGNORED`. Under autocast the matrix
-    products run in its dtype, as transformers' head does; the softmax is always fp32. First-order gradients only.
+    products run in its dtype, as transformers' head does; the softmax is always fp32. First-order gradients only. With `softcap`
+    c the logits are c tanh(logits / c).
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -76,18 +88,25 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, ch
     rows = hidden.reshape(-1, hidden.shape[-1])
     chunk = chunk_rows or max(1, CHUNK_LOGITS_BYTES // (4 * weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _ChunkedCrossEntropySum.apply(rows, weight, targets.reshape(-1), chunk)  # type: ignore[no-untyped-call]
+        loss: Tensor = _ChunkedCrossEntropySum.apply(  # type: ignore[no-untyped-call]
+            rows, weight, targets.reshape(-1), chunk, softcap
+        )
     return loss
 
 
 class LossHead(nn.Linear):
-    """An LM head that, given targets, returns the loss sum instead of logits; its weight keeps its name."""
+    """An LM head that, given targets, returns the loss sum instead of logits; its weight keeps its name.
+
+    `softcap` bounds the logits of that loss; those it returns are bounded by the model, as its own head's are.
+    """
+
+    softcap: float | None = None
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """(..., hidden_size) to logits (..., vocab), or with targets (...) to a loss sum ()."""
         if targets is None:
             return F.linear(hidden, self.weight)
-        return linear_cross_entropy_sum(hidden, self.weight, targets)
+        return linear_cross_entropy_sum(hidden, self.weight, targets, softcap=self.softcap)
 
 
 class TrainingModel(nn.Module):
@@ -108,6 +127,7 @@ class TrainingModel(nn.Module):
         head = stock.get_output_embeddings()
         loss_head = LossHead(head.in_features, head.out_features, bias=False, device="meta")
         loss_head.weight = head.weight  # the very parameter: ties and names stay as they were
+        loss_head.softcap = getattr(stock.config, "final_logit_softcapping", None)
         stock.set_output_embeddings(loss_head)
         self.causal_lm = stock
         self.document_end = document_end

@@ -29,6 +29,11 @@ MODELS = {
         "model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.2,
     },
+    "hybrid": {
+        "model_type": "hybrid", "rope_theta": 5e5, "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 96, "initializer_range": 0.2,
+        "positions": "rope", "norm_position": "post", "qk_norm": True, "mlp": "relu2", "final_logit_softcapping": 5.0,
+    },
 }  # fmt: skip
 LENGTHS = [[5, 1, 9, 17], [12, 20], [32]]  # of the documents in three windows; the last of a window need not end in it
 

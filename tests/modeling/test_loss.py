@@ -17,7 +17,12 @@ GPT2 = {
     "model_type": "gpt2", "attn_implementation": "sdpa", "vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4,
     "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
 }  # fmt: skip
-MODELS = {"llama": LLAMA, "llama tied": {**LLAMA, "tie_word_embeddings": True}, "gpt2": GPT2}
+HYBRID = {
+    "model_type": "hybrid", "attn_implementation": "sdpa", "rope_theta": 5e5, "vocab_size": 300, "hidden_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 3, "head_dim": 10, "intermediate_size": 96, "norm_position": "post",
+    "qk_norm": True, "mlp": "relu2", "final_logit_softcapping": 0.5,
+}  # fmt: skip
+MODELS = {"llama": LLAMA, "llama tied": {**LLAMA, "tie_word_embeddings": True}, "gpt2": GPT2, "hybrid": HYBRID}
 
 
 @settings(deadline=None)
@@ -26,17 +31,20 @@ MODELS = {"llama": LLAMA, "llama tied": {**LLAMA, "tie_word_embeddings": True}, 
     vocab=st.integers(2, 50),
     chunk=st.integers(1, 50),
     ignored=st.integers(0, 3),
+    softcap=st.sampled_from([None, 0.5, 30.0]),
     seed=st.integers(0, 99),
 )
-def test_loss_and_gradients_equal_the_plain_ones_for_any_chunk(rows, vocab, chunk, ignored, seed):
+def test_loss_and_gradients_equal_the_plain_ones_for_any_chunk(rows, vocab, chunk, ignored, softcap, seed):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, 8, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(vocab, 8, generator=generator, dtype=torch.float64).requires_grad_()
     targets = torch.randint(0, vocab, (rows,), generator=generator)
     targets[:ignored] = IGNORED
-    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", ignore_index=IGNORED)
+    logits = hidden @ weight.T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    plain = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
     expected = torch.autograd.grad(plain * 0.3, (hidden, weight))
-    ours = linear_cross_entropy_sum(hidden, weight, targets, chunk_rows=chunk)
+    ours = linear_cross_entropy_sum(hidden, weight, targets, chunk_rows=chunk, softcap=softcap)
     gradients = torch.autograd.grad(ours * 0.3, (hidden, weight))
     torch.testing.assert_close(ours.double(), plain, rtol=1e-6, atol=1e-5)
     for gradient, wanted in zip(gradients, expected, strict=True):
