@@ -45,6 +45,7 @@ def build_config(fields: dict[str, Any], eos_token_id: int, bos_token_id: int | 
     `pad_token_id` stays unset: GPT-2 would look for padding in every batch, which waits for the device each time.
     """
     fields = dict(fields)
+    fields.pop("preset", None)  # a recipe's hybrid has all of its choices written out
     model_type, attention = fields.pop("model_type"), fields.pop("attn_implementation")
     if model_type != "gpt2":
         fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}

@@ -38,7 +38,7 @@ class HybridConfig(PreTrainedConfig):
     2022). norm: `layernorm` or `rmsnorm`. norm_position: `pre` norms what enters attention and MLP, and the last stream; `post`
     norms the stream after each, as Vaswani et al. 2017 and GPT-1 did, which leaves nothing for a last norm. mlp: `gelu`,
     `gelu_tanh` (its tanh approximation), `swiglu` (Shazeer 2020, three matrices) or `relu2` (So et al. 2021).
-    head_dim: any size; hidden_size // num_attention_heads where None. num_key_value_heads: as many as heads where None.
+    head_dim: any size; hidden_size / num_attention_heads where None. num_key_value_heads: as many as heads where None.
     intermediate_size: width of the MLP; 4 x hidden_size where None. qk_norm: each head's queries and keys go through a norm of
     the chosen kind before positions (Henry et al. 2020). final_logit_softcapping: logits become c tanh(logits / c) (Gemma 2).
 
@@ -51,11 +51,12 @@ class HybridConfig(PreTrainedConfig):
     vocab_size: int = 50304
     max_position_embeddings: int = 1024
     hidden_size: int = 768
-    intermediate_size: int | None = None
+    # These three are numbers once constructed.
+    intermediate_size: int = None  # type: ignore[assignment]
+    num_key_value_heads: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     positions: str = "learned"
     rope_parameters: dict[str, Any] | None = None
     norm: str = "layernorm"
@@ -80,7 +81,7 @@ class HybridConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in the sizes that follow from others, and refuse what does not fit."""
         if self.head_dim is None:
-            self.head_dim = max(1, self.hidden_size // max(1, self.num_attention_heads))
+            self.head_dim = self._whole_head_dim()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
@@ -97,6 +98,15 @@ class HybridConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"preset = {name!r}: not a preset; take one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **fields})
+
+    def _whole_head_dim(self) -> int:
+        size, rest = divmod(self.hidden_size, max(1, self.num_attention_heads))
+        if rest:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads}: hidden_size = {self.hidden_size} is not a multiple of it;"
+                f" take another number, or set head_dim, which is free here ({max(1, size)} is nearest)"
+            )
+        return size
 
     def _require_known_choices(self) -> None:
         for key, known in CHOICES.items():

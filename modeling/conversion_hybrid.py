@@ -14,7 +14,7 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 from .configuration_hybrid import ACTIVATIONS, PRESETS, HybridConfig
 
 # What a stock class lets be chosen, beside its preset's own value.
-FREE = {
+FREE: dict[str, dict[str, tuple[Any, ...]]] = {
     "gpt2": {"mlp": ("gelu", "gelu_tanh", "relu2"), "tie_word_embeddings": (True, False)},
     "llama": {"attention_bias": (True, False), "mlp_bias": (True, False), "tie_word_embeddings": (True, False)},
 }

@@ -187,8 +187,10 @@ class HybridDecoderLayer(GradientCheckpointingLayer):
         hidden = hidden + self.dropout(attended)
         if self.post_norm:
             hidden = self.attention_norm(hidden)
-            return self.mlp_norm(hidden + self.dropout(self.mlp(hidden)))
-        return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
+            hidden = self.mlp_norm(hidden + self.dropout(self.mlp(hidden)))
+        else:
+            hidden = hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
+        return hidden
 
 
 class HybridPreTrainedModel(PreTrainedModel):
@@ -266,8 +268,8 @@ class HybridModel(HybridPreTrainedModel):
         rotary = None
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(position_ids)
-        elif self.config.positions == "rope":
-            rotary = rotary_factors(position_ids, self.config.head_dim, self.config.rope_parameters["rope_theta"], hidden.dtype)
+        elif (rope := self.config.rope_parameters) is not None:
+            rotary = rotary_factors(position_ids, self.config.head_dim, rope["rope_theta"], hidden.dtype)
         hidden = self.dropout(hidden)
         for layer in self.layers:
             hidden = layer(
@@ -323,20 +325,20 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
         Raises `ValueError` for what has no counterpart here.
         """
-        model = cls(hybrid_config(stock.config)).to(stock.dtype)
+        model: HybridForCausalLM = cls(hybrid_config(stock.config)).to(stock.dtype).train(stock.training)
         model.load_state_dict(hybrid_weights(stock.state_dict(), stock.config))
         model.generation_config = copy.deepcopy(stock.generation_config)
-        return model.train(stock.training)
+        return model
 
     def to_stock(self) -> PreTrainedModel:
         """A copy as `GPT2LMHeadModel` or `LlamaForCausalLM`, in this model's dtype and mode.
 
         Raises `ValueError` where the choices amount to neither, with each choice that stands in the way.
         """
-        stock: PreTrainedModel = AutoModelForCausalLM.from_config(stock_config(self.config), dtype=self.dtype)
+        stock = AutoModelForCausalLM.from_config(stock_config(self.config), dtype=self.dtype).train(self.training)
         stock.load_state_dict(stock_weights(self.state_dict(), self.config))
         stock.generation_config = copy.deepcopy(self.generation_config)
-        return stock.train(self.training)
+        return stock
 
 
 HybridForCausalLM.register_for_auto_class("AutoModelForCausalLM")

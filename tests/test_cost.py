@@ -11,8 +11,25 @@ from isoflop import cost
 from isoflop.errors import UserError
 from isoflop.modeling import loss
 from isoflop.modeling.build import build_config, build_model
-from isoflop.recipe import Gpt2Model, LlamaModel, Optimizer, Training
+from isoflop.recipe import Gpt2Model, HybridModel, LlamaModel, Optimizer, Training
 from isoflop.recipe_file import load_recipe
+
+
+@st.composite
+def hybrids(draw):
+    """Every choice, with heads of any number and size."""
+    positions, key_value_heads = draw(st.sampled_from(["learned", "rope", "none"])), draw(st.integers(1, 3))
+    return HybridModel(
+        model_type="hybrid", vocab_size=draw(st.integers(10, 500)), max_position_embeddings=draw(st.integers(64, 128)),
+        hidden_size=draw(st.integers(1, 96)), intermediate_size=draw(st.integers(1, 96)),
+        num_hidden_layers=draw(st.integers(1, 3)), num_attention_heads=key_value_heads * draw(st.integers(1, 3)),
+        num_key_value_heads=key_value_heads, head_dim=draw(st.integers(1, 10)) * (2 if positions == "rope" else 1),
+        positions=positions, norm=draw(st.sampled_from(["layernorm", "rmsnorm"])), norm_bias=draw(st.booleans()),
+        norm_position=draw(st.sampled_from(["pre", "post"])),
+        mlp=draw(st.sampled_from(["gelu", "gelu_tanh", "swiglu", "relu2"])), attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()), qk_norm=draw(st.booleans()),
+        final_logit_softcapping=draw(st.sampled_from([None, 30.0])), tie_word_embeddings=draw(st.booleans()),
+    )  # fmt: skip
 
 
 @st.composite
@@ -44,6 +61,23 @@ def test_parameters_equal_transformers_own(shape):
     assert cost.parameters(shape) == sum(p.numel() for p in build(shape, "meta").parameters())
 
 
+# The class of a hybrid's parameter, by the first part of its name that is here.
+CLASSES = {
+    "embed_tokens": "embedding", "embed_positions": "position", "attention_norm": "norm", "mlp_norm": "norm", "q_norm": "norm",
+    "k_norm": "norm", "norm": "norm", "self_attn": "attention", "mlp": "ffn", "lm_head": "head",
+}  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(hybrids())
+def test_parameters_of_every_hybrid_by_class(shape):
+    counted = dict.fromkeys(cost.parameters_by_class(shape), 0)
+    for name, parameter in build(shape, "meta").named_parameters():
+        parts = name.split(".")
+        counted[next(known for part, known in CLASSES.items() if part in parts)] += parameter.numel()
+    assert cost.parameters_by_class(shape) == counted
+
+
 @settings(max_examples=15, deadline=None)
 @given(shapes())
 def test_flops_equal_a_dispatched_count_of_the_real_model(shape):
@@ -55,6 +89,44 @@ def test_flops_equal_a_dispatched_count_of_the_real_model(shape):
     if isinstance(shape, LlamaModel):  # the rotary angles, an outer product, are counted as a matrix product
         counted -= 64 * 2 * (cost.shape_of(shape).head_dim // 2)
     assert counted == pytest.approx(cost.flops_per_token(shape, 64) * ids.numel(), rel=0.005)
+
+
+@settings(max_examples=50, deadline=None)
+@given(hybrids())
+def test_flops_of_every_hybrid_equal_the_dispatched_count_exactly(shape):
+    eager = build(shape.model_copy(update={"attn_implementation": "eager"}), "cpu")
+    ids = torch.zeros((2, 64), dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        eager(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert counter.get_total_flops() == cost.flops_per_token(shape, 64) * ids.numel()
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "gpt2_1.36b", "modern_124m", "llama2_1.36b", "llama3_1.5b"])
+def test_a_hybrid_with_a_presets_choices_costs_what_the_stock_model_does(name):
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
+    stock, s = recipe.model, cost.shape_of(recipe.model)
+    hybrid = HybridModel(
+        model_type="hybrid", preset=stock.model_type, vocab_size=s.vocab_size, max_position_embeddings=stock.max_positions,
+        hidden_size=s.hidden_size, intermediate_size=s.intermediate_size, num_hidden_layers=s.num_layers,
+        num_attention_heads=s.num_heads, num_key_value_heads=s.num_key_value_heads, tie_word_embeddings=s.tied,
+    )  # fmt: skip
+    assert cost.shape_of(hybrid) == s
+    assert cost.parameters_by_class(hybrid) == cost.parameters_by_class(stock)
+    assert cost.flops_per_token(hybrid, 1024) == cost.flops_per_token(stock, 1024)
+    for launch in (
+        cost.Launch("1gpu", "single"),
+        cost.Launch("cpu", "single", bf16=False),
+        cost.Launch("2", "fsdp2", 2, True, 2),
+    ):
+        theirs = cost.predicted_memory(stock, recipe.training, recipe.optimizer, launch)
+        ours = cost.predicted_memory(hybrid, recipe.training, recipe.optimizer, launch)
+        copies = theirs.activations if launch.arithmetic != "autocast" or stock.model_type == "llama" else None
+        assert ours.activations == (
+            copies
+            or theirs.activations
+            + 2 * 2 * s.num_layers * s.hidden_size * recipe.training.micro_batch_size * recipe.training.sequence_length
+        )
+        assert ours._replace(activations=0) == theirs._replace(activations=0)
 
 
 def test_classes_add_up_as_published():

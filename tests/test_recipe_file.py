@@ -62,7 +62,7 @@ BAD = {
         {"data": {"source": {"kind": "text", "files": ["a"], "fils": 1}}},
         r"data.source.fils: unknown key",
     ),
-    "unknown model type": ({"model": {"model_type": "mamba"}}, r"model: Input tag 'mamba'.*'gpt2', 'llama'"),
+    "unknown model type": ({"model": {"model_type": "mamba"}}, r"model: Input tag 'mamba'.*'gpt2', 'llama', 'hybrid'"),
     "wrong type": ({"training": {"max_steps": "ten"}}, r"training.max_steps = 'ten': Input should be a valid integer"),
     "a fraction where whole": ({"training": {"max_steps": 2.5}}, r"training.max_steps = 2.5: "),
     "a number as a switch": ({"training": {"compile": 1}}, r"training.compile = 1: Input should be a valid boolean"),

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
 from isoflop.errors import UserError
-from isoflop.recipe import LARGEST_TRIED, Gpt2Model, LlamaModel, Optimizer, Training
+from isoflop.recipe import LARGEST_TRIED, Gpt2Model, HybridModel, LlamaModel, Model, Optimizer, Training
 
 GIB = 2**30
 CHUNK_LOGITS_BYTES = 128 * 2**20  # of `modeling.loss`, which stands alone; a test holds the two equal
@@ -68,7 +68,7 @@ def peak_bf16_flops(device_name: str) -> float | None:
 
 
 class Shape(NamedTuple):
-    """A decoder's dimensions under common names, whichever config class they came from."""
+    """What of a decoder its costs follow from, under common names, whichever config class it came from."""
 
     num_layers: int
     hidden_size: int
@@ -78,16 +78,30 @@ class Shape(NamedTuple):
     intermediate_size: int
     vocab_size: int
     tied: bool
+    positions: int = 0
+    """Rows of a learned position embedding."""
+    gated: bool = True
+    """Three matrices in the feed-forward layer instead of two."""
+    rms_norm: bool = True
+    norm_bias: bool = False
+    post_norm: bool = False
+    """Norms after each sum: the last layer's is the model's last."""
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
 
 
-def shape_of(model: Gpt2Model | LlamaModel) -> Shape:
+def shape_of(model: Model) -> Shape:
     """The shape that a recipe's model section describes."""
     if isinstance(model, Gpt2Model):
         inner = model.n_inner or 4 * model.n_embd
         heads, head_dim = model.n_head, model.n_embd // model.n_head
-        return Shape(model.n_layer, model.n_embd, heads, heads, head_dim, inner, model.vocab_size, model.tie_word_embeddings)
+        return Shape(
+            model.n_layer, model.n_embd, heads, heads, head_dim, inner, model.vocab_size, model.tie_word_embeddings,
+            positions=model.n_positions, gated=False, rms_norm=False, norm_bias=True, attention_bias=True, mlp_bias=True,
+        )  # fmt: skip
     heads = model.num_attention_heads
-    return Shape(
+    shape = Shape(
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
         num_heads=heads,
@@ -97,38 +111,37 @@ def shape_of(model: Gpt2Model | LlamaModel) -> Shape:
         vocab_size=model.vocab_size,
         tied=model.tie_word_embeddings,
     )
+    if isinstance(model, LlamaModel):
+        return shape
+    return shape._replace(
+        positions=model.max_position_embeddings if model.positions == "learned" else 0, gated=model.mlp == "swiglu",
+        rms_norm=model.norm == "rmsnorm", norm_bias=model.norm_bias, post_norm=model.norm_position == "post",
+        attention_bias=model.attention_bias, mlp_bias=model.mlp_bias, qk_norm=model.qk_norm,
+    )  # fmt: skip
 
 
-def parameters_by_class(model: Gpt2Model | LlamaModel) -> dict[str, int]:
+def parameters_by_class(model: Model) -> dict[str, int]:
     """Parameters of each class; a tied head counts once, as the embedding."""
     s = shape_of(model)
-    attention_width = s.num_heads * s.head_dim
-    attention = 2 * s.hidden_size * attention_width + 2 * s.hidden_size * s.num_key_value_heads * s.head_dim
-    if isinstance(model, Gpt2Model):  # two-matrix feed-forward, LayerNorm, a bias everywhere, learned positions
-        position = model.n_positions * s.hidden_size
-        attention += 4 * s.hidden_size
-        ffn = 2 * s.hidden_size * s.intermediate_size + s.intermediate_size + s.hidden_size
-        norm = 2 * s.hidden_size
-    else:  # gate, up and down without biases, RMSNorm, rotary positions
-        position = 0
-        ffn = 3 * s.hidden_size * s.intermediate_size
-        norm = s.hidden_size
+    h, a, k, f = s.hidden_size, s.num_heads * s.head_dim, s.num_key_value_heads * s.head_dim, s.intermediate_size
+    matrices = 3 if s.gated else 2
+    per_norm = 2 if s.norm_bias else 1  # parameters for each dimension
     return {
-        "embedding": s.vocab_size * s.hidden_size,
-        "position": position,
-        "attention": s.num_layers * attention,
-        "ffn": s.num_layers * ffn,
-        "norm": (2 * s.num_layers + 1) * norm,
-        "head": 0 if s.tied else s.vocab_size * s.hidden_size,
+        "embedding": s.vocab_size * h,
+        "position": s.positions * h,
+        "attention": s.num_layers * (2 * h * a + 2 * h * k + (a + 2 * k + h if s.attention_bias else 0)),
+        "ffn": s.num_layers * (matrices * h * f + ((matrices - 1) * f + h if s.mlp_bias else 0)),
+        "norm": per_norm * (s.num_layers * (2 * h + (2 * s.head_dim if s.qk_norm else 0)) + (0 if s.post_norm else h)),
+        "head": 0 if s.tied else s.vocab_size * h,
     }
 
 
-def parameters(model: Gpt2Model | LlamaModel) -> int:
+def parameters(model: Model) -> int:
     """All parameters, tied ones once."""
     return sum(parameters_by_class(model).values())
 
 
-def flops_per_token(model: Gpt2Model | LlamaModel, sequence_length: int) -> int:
+def flops_per_token(model: Model, sequence_length: int) -> int:
     """Training FLOPs per token = 3 x forward; forward = 2 x matmul parameters + 4 S H_attention per layer.
 
     Matmul parameters are attention, feed-forward and the LM head (tied or not), without the input embedding; biases
@@ -139,15 +152,15 @@ def flops_per_token(model: Gpt2Model | LlamaModel, sequence_length: int) -> int:
     return 3 * (2 * matmul_parameters(model) + attention)
 
 
-def matmul_parameters(model: Gpt2Model | LlamaModel) -> int:
+def matmul_parameters(model: Model) -> int:
     """Parameters that matrix products run over: attention, feed-forward and the head, tied or not."""
     s = shape_of(model)
     attention = 2 * s.hidden_size * s.num_heads * s.head_dim + 2 * s.hidden_size * s.num_key_value_heads * s.head_dim
-    ffn = (3 if isinstance(model, LlamaModel) else 2) * s.hidden_size * s.intermediate_size
+    ffn = (3 if s.gated else 2) * s.hidden_size * s.intermediate_size
     return s.num_layers * (attention + ffn) + _head_parameters(model)
 
 
-def _head_parameters(model: Gpt2Model | LlamaModel) -> int:
+def _head_parameters(model: Model) -> int:
     return model.vocab_size * shape_of(model).hidden_size
 
 
@@ -156,7 +169,7 @@ def optimizer_bytes_per_parameter(optimizer: Optimizer) -> int:
     return 8 if optimizer.moments_dtype == "float32" else 4
 
 
-def checkpoint_bytes(model: Gpt2Model | LlamaModel, optimizer: Optimizer) -> int:
+def checkpoint_bytes(model: Model, optimizer: Optimizer) -> int:
     """Bytes of one checkpoint: float32 weights and the optimizer's moments (a tied head is stored once)."""
     return parameters(model) * (4 + optimizer_bytes_per_parameter(optimizer))
 
@@ -264,7 +277,7 @@ def usable_bytes(gpu_memory_bytes: int) -> int:
     return int(0.95 * (gpu_memory_bytes - GIB))
 
 
-def predicted_memory(model: Gpt2Model | LlamaModel, training: Training, optimizer: Optimizer, launch: Launch) -> Memory:
+def predicted_memory(model: Model, training: Training, optimizer: Optimizer, launch: Launch) -> Memory:
     """Peak memory of one device, without dropout (whose masks come on top) and compile (which keeps less).
 
     States: single and DDP hold 4 (weights) + 4 (gradients, which are DDP's buckets) + 8 bytes a parameter; ZeRO-1, as DeepSpeed
@@ -300,63 +313,76 @@ def predicted_memory(model: Gpt2Model | LlamaModel, training: Training, optimize
 
 
 # Tensors of feed-forward width beyond silu's or GELU's input and output: gelu_new is written out in seven operations, relu keeps
-# its output alone.
+# its output alone. relu2 keeps relu's output, and its square as the next product's input.
 _ACTIVATION_EXTRA = {"gelu_new": 3, "relu": -1}
+# Bytes a dimension that a norm keeps: LayerNorm its input, RMSNorm its input in fp32 and the normed input; and of statistics.
+_KEPT_BY_NORM = {
+    True: {"autocast": 8, "bf16": 6, "fp32": 8},  # RMSNorm
+    False: {"autocast": 4, "bf16": 2, "fp32": 4},
+}
 
 
-def layer_activation_bytes(model: Gpt2Model | LlamaModel, sequence_length: int, arithmetic: Arithmetic) -> int:
+def layer_activation_bytes(model: Model, sequence_length: int, arithmetic: Arithmetic) -> int:
     """Bytes a token that one decoder layer keeps for its backward pass, h hidden, a query width, k key width, f feed-forward.
 
     Counted from what each operation of transformers' own layers saves, e.g. Llama under autocast: two RMSNorms keep input and
     normed input in fp32 (8h each); q, k, v, gate and up each a bf16 copy of their input (2h each); attention q, k, v, output
-    (4a + 4k); SwiGLU gate, silu, up, product (8f): 26h + 4a + 4k + 8f. And the norms' and attention's statistics.
+    (4a + 4k); SwiGLU gate, silu, up, product (8f): 26h + 4a + 4k + 8f. And the norms' and attention's statistics. Without
+    autocast projections keep their input, the norm's output, once between them.
     """
     s = shape_of(model)
     h, a, k, f = s.hidden_size, s.num_heads * s.head_dim, s.num_key_value_heads * s.head_dim, s.intermediate_size
     width = 4 if arithmetic == "fp32" else 2
-    if isinstance(model, LlamaModel):
-        norms_and_inputs = {"autocast": 26 * h, "bf16": 16 * h, "fp32": 24 * h}[arithmetic]
-        kept = norms_and_inputs + width * (2 * a + 2 * k + 4 * f) + 8
-    else:  # LayerNorm keeps its input alone; q, k and v are one projection, with one copy of its input
-        norms_and_inputs = {"autocast": 12 * h, "bf16": 8 * h, "fp32": 16 * h}[arithmetic]
-        kept = norms_and_inputs + width * (4 * h + 2 * f) + 16
-    activation = model.hidden_act if isinstance(model, LlamaModel) else model.activation_function
-    kept += _ACTIVATION_EXTRA.get(activation, 0) * width * f
+    by_norm, statistics = _KEPT_BY_NORM[s.rms_norm][arithmetic], 4 if s.rms_norm else 8
+    projections = (1 if isinstance(model, Gpt2Model) else 3) + (2 if s.gated else 1)  # GPT-2's q, k and v are one
+    inputs = projections if arithmetic == "autocast" else 2
+    kept = (2 * by_norm + inputs * width) * h + width * (2 * a + 2 * k + (4 if s.gated else 2) * f) + 2 * statistics
+    if s.qk_norm:  # its input is bf16 under autocast too, and so RMSNorm's normed input
+        by_head_norm = _KEPT_BY_NORM[s.rms_norm]["bf16" if s.rms_norm and width == 2 else arithmetic]
+        kept += by_head_norm * (a + k) + statistics * (s.num_heads + s.num_key_value_heads)
+    kept += _ACTIVATION_EXTRA.get(_activation(model), 0) * width * f
     if model.attn_implementation == "eager":  # the scores: softmax in fp32, and its bf16 copy; keys and values for every head
         return kept + s.num_heads * sequence_length * (4 if width == 4 else 6) + width * 2 * (a - k)
     return kept + 4 * s.num_heads
 
 
-def _backward_bytes(model: Gpt2Model | LlamaModel, tokens: int, arithmetic: Arithmetic) -> int:
+def _activation(model: Model) -> str:
+    if isinstance(model, HybridModel):
+        return model.mlp
+    return model.activation_function if isinstance(model, Gpt2Model) else model.hidden_act
+
+
+def _backward_bytes(model: Model, tokens: int, arithmetic: Arithmetic) -> int:
     """Gradients alive at the peak of a layer's backward pass, beyond what it has freed by then.
 
     The feed-forward's inner gradients (two for gate and up, one for GELU) and the residual stream's; where the head is tied, its
     gradient waits for the embedding's.
     """
     s = shape_of(model)
-    inner = 2 if isinstance(model, LlamaModel) else 1
+    inner = 2 if s.gated else 1
     width = 4 if arithmetic == "fp32" else 2
     return tokens * (inner * width * s.intermediate_size + 2 * s.hidden_size) + (4 * _head_parameters(model) if s.tied else 0)
 
 
-def _loss_bytes(model: Gpt2Model | LlamaModel, tokens: int, arithmetic: Arithmetic) -> int:
+def _loss_bytes(model: Model, tokens: int, arithmetic: Arithmetic) -> int:
     """From the last norm to the end of the chunked cross-entropy of `modeling.loss`, with its gradients."""
-    s, llama = shape_of(model), isinstance(model, LlamaModel)
-    # Last norm's kept input (Llama: and normed input), its output, the output of all but each window's last token in the
-    # matrix products' type (once sliced, once contiguous), the gradient of that.
-    per_token = {"autocast": 18 if llama else 14, "bf16": 12 if llama else 8, "fp32": 20 if llama else 16}[arithmetic]
+    s = shape_of(model)
+    # The last norm's output, the output of all but each window's last token in the matrix products' type (once sliced, once
+    # contiguous), the gradient of that; and what the last norm keeps, where a layer has not kept it already.
+    per_token = {"autocast": 10, "bf16": 6, "fp32": 12}[arithmetic]
+    per_token += 0 if s.post_norm else _KEPT_BY_NORM[s.rms_norm][arithmetic]
     width = 4 if arithmetic == "fp32" else 2
     rows = min(tokens, CHUNK_LOGITS_BYTES // (4 * s.vocab_size))
     logits = rows * s.vocab_size
     cast = 0 if arithmetic == "fp32" else width  # the chunk's logits, and then their gradient, in the narrow type
-    at_the_end = (4 + cast) * logits + width * s.vocab_size * s.hidden_size  # and the chunk's gradient of the head
-    chunk = max(at_the_end, (8 + 2 * cast) * logits if rows < tokens else 0)  # the chunk before lives while the next is made
+    slope = 4 if isinstance(model, HybridModel) and model.final_logit_softcapping else 0  # of the soft cap, in fp32
+    at_the_end = (4 + slope + cast) * logits + width * s.vocab_size * s.hidden_size  # and the chunk's gradient of the head
+    # The chunk before lives while the next is made.
+    chunk = max(at_the_end, (8 + slope + 2 * cast) * logits if rows < tokens else 0)
     return tokens * per_token * s.hidden_size + 4 * s.vocab_size * s.hidden_size + chunk
 
 
-def largest_micro_batch(
-    model: Gpt2Model | LlamaModel, training: Training, optimizer: Optimizer, launch: Launch, memory_bytes: int
-) -> int | None:
+def largest_micro_batch(model: Model, training: Training, optimizer: Optimizer, launch: Launch, memory_bytes: int) -> int | None:
     """The largest micro-batch whose prediction fits a device and that divides the step's windows; 0 where none fits.
 
     None where the processes do not divide the windows of a step.

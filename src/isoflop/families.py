@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from isoflop import cost
 from isoflop.errors import UserError, nearest
-from isoflop.recipe import Gpt2Model, LlamaModel, Model, Recipe
+from isoflop.recipe import Gpt2Model, HybridModel, LlamaModel, Model, Recipe
 from isoflop.recipe_file import load_recipe
 
 ASPECT_RATIO = (16, 256)  # width / layers. Kaplan et al. 2020, figure 5: within 2-3% of the best loss from about 10 to 300
@@ -93,7 +93,7 @@ class Family:
         """One member. Raises `UserError` where its heads do not divide."""
         heads, rest = divmod(width, head_dim)
         group = self.key_value_heads or 1
-        if head_dim % 2 and isinstance(self.template, LlamaModel):
+        if head_dim % 2 and _is_rotary(self.template):
             raise UserError(
                 f"heads of {head_dim}: rotary positions need an even size; nearest: {head_dim - 1 or 2} or {head_dim + 1}"
             )
@@ -212,6 +212,10 @@ def _around(name: str, model: Model, sequence_length: int, recipe: str) -> Famil
         ffn_ratio=Fraction(s.intermediate_size, s.hidden_size),
         ffn_multiple=64 if s.intermediate_size % 64 == 0 else 1,
     )  # fmt: skip
+
+
+def _is_rotary(model: Model) -> bool:
+    return model.positions == "rope" if isinstance(model, HybridModel) else isinstance(model, LlamaModel)
 
 
 def _training_recipe(model: Model) -> str:

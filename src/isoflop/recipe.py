@@ -82,11 +82,7 @@ class LlamaModel(_Model):
         _require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         key_value_heads = self.num_key_value_heads or self.num_attention_heads
         _require_multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", key_value_heads)
-        if (head_dim := self.head_dim or self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f"head_dim = {head_dim} is odd, and rotary positions turn pairs of dimensions; nearest: {head_dim - 1 or 2} or"
-                f" {head_dim + 1}"
-            )
+        _require_pairs(self.head_dim or self.hidden_size // self.num_attention_heads)
         return self
 
     @property
@@ -95,7 +91,89 @@ class LlamaModel(_Model):
         return self.max_position_embeddings
 
 
-Model = Annotated[Gpt2Model | LlamaModel, Field(discriminator="model_type")]
+# `modeling.configuration_hybrid` has them for who builds it without a recipe, and stands alone; a test holds the two equal.
+HYBRID_PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "positions": "learned", "norm": "layernorm", "norm_bias": True, "norm_position": "pre", "mlp": "gelu_tanh",
+        "attention_bias": True, "mlp_bias": True, "qk_norm": False, "final_logit_softcapping": None, "tie_word_embeddings": True,
+    },
+    "llama": {
+        "positions": "rope", "norm": "rmsnorm", "norm_bias": False, "norm_position": "pre", "mlp": "swiglu",
+        "attention_bias": False, "mlp_bias": False, "qk_norm": False, "final_logit_softcapping": None,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+class HybridModel(_Model):
+    """A decoder in which each choice between GPT-2 and LLaMA is made by itself; what is not given is as the preset has it."""
+
+    model_type: Literal["hybrid"]
+    preset: Literal["gpt2", "llama"] = "gpt2"
+    """Whose choices hold where none is given; below, the defaults are those of gpt2."""
+    max_position_embeddings: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    """Heads of keys and values (grouped-query attention); as many as there are heads where not given."""
+    head_dim: PositiveInt | None = None
+    """Size of one head, free of the width; hidden_size / num_attention_heads where not given."""
+    positions: Literal["learned", "rope", "none"] = "learned"
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary angles, where positions are `rope`."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_bias: bool = True
+    norm_position: Literal["pre", "post"] = "pre"
+    """`pre` norms what enters attention and feed-forward; `post` the stream after each, as GPT-1, without a last norm."""
+    norm_eps: PositiveFloat = 1e-5
+    mlp: Literal["gelu", "gelu_tanh", "swiglu", "relu2"] = "gelu_tanh"
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    """Norm of each head's queries and keys."""
+    final_logit_softcapping: PositiveFloat | None = None
+    """c, where logits are c tanh(logits / c)."""
+    attention_dropout: Fraction = 0.0
+    residual_dropout: Fraction = 0.0
+    embedding_dropout: Fraction = 0.0
+    tie_word_embeddings: bool = True
+
+    @checked_by(mode="before")
+    @classmethod
+    def _choices_of_the_preset(cls, given: Any) -> Any:
+        return HYBRID_PRESETS.get(given.get("preset", "gpt2"), {}) | given if isinstance(given, dict) else given
+
+    @checked_by(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            near = max(1, self.hidden_size // self.num_attention_heads)
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = {self.num_attention_heads}; set"
+                f" head_dim, which is free here ({near} is nearest)"
+            )
+        key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        _require_multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", key_value_heads)
+        if self.positions == "rope":
+            _require_pairs(self.head_dim or self.hidden_size // self.num_attention_heads)
+        return self
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence, in tokens: of the position embedding, or what other positions are declared for."""
+        return self.max_position_embeddings
+
+
+Model = Annotated[Gpt2Model | LlamaModel | HybridModel, Field(discriminator="model_type")]
+
+
+def _require_pairs(head_dim: int) -> None:
+    if head_dim % 2:
+        raise ValueError(
+            f"head_dim = {head_dim} is odd, and rotary positions turn pairs of dimensions; nearest: {head_dim - 1 or 2} or"
+            f" {head_dim + 1}"
+        )
 
 
 def _require_multiple(name: str, value: int, of_name: str, of: int) -> None:

@@ -44,6 +44,10 @@ def test_a_saved_configuration_reads_back_equal(preset, tmp_path):
         ({"num_key_value_heads": 5}, r"num_key_value_heads = 5: .* num_attention_heads = 12; take one of 1, 2, 3, 4, 6, 12"),
         ({"positions": "rope", "head_dim": 135}, r"head_dim = 135: positions = 'rope' turns pairs.*take 134 or 136, or other"),
         ({"positions": "rope", "head_dim": 1}, r"head_dim = 1: .*take 2 or 2"),
+        (
+            {"hidden_size": 2432, "num_attention_heads": 18},
+            r"num_attention_heads = 18: hidden_size = 2432 is not a multiple .* set head_dim, .*\(135 is nearest\)",
+        ),
         ({"hidden_size": 0}, r"hidden_size = 0: has to be positive; take 1 or more"),
         ({"num_attention_heads": 0}, r"num_attention_heads = 0: has to be positive"),
         ({"final_logit_softcapping": 0.0}, r"final_logit_softcapping = 0.0: a bound on logits is positive; take 30.0, or None"),
