@@ -41,7 +41,7 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
             slope = None
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_()
-                slope = 1 - logits.square()
+                slope = logits.square().neg_().add_(1)
                 logits = logits.mul_(softcap)
             log_z = torch.logsumexp(logits, dim=-1)
             kept = goal != IGNORED

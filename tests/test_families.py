@@ -109,6 +109,15 @@ def test_heads_of_an_odd_size_are_refused_where_positions_turn_pairs():
     assert family("gpt2").shape(4, 70, 7).n_head == 10
 
 
+def test_a_hybrid_is_a_family_of_its_own_choices(write_recipe):
+    path = write_recipe(model__model_type="hybrid", model__preset="gpt2", model__norm="rmsnorm", model__tie_word_embeddings=False)
+    members = family(str(path))
+    model = members.shape(4, 80, 8)
+    assert (model.num_attention_heads, model.hidden_size, model.norm, model.mlp) == (10, 80, "rmsnorm", "gelu_tanh")
+    assert type(model).model_validate(model.model_dump()) == model
+    assert at_sequence_length(members, 128).template.max_position_embeddings == 128
+
+
 def test_a_recipe_whose_heads_are_not_its_width_is_no_family(write_recipe):
     path = write_recipe()
     path.write_text(path.read_text().replace("  num_attention_heads:", "  head_dim: 64\n  num_attention_heads:"))

@@ -10,6 +10,7 @@ from isoflop.errors import UserError
 from isoflop.measure import measure, tracked_memory_bytes
 from isoflop.modeling.build import build_config
 from isoflop.modeling.loss import TrainingModel
+from isoflop.recipe import HybridModel
 from isoflop.recipe_file import load_recipe
 
 
@@ -50,6 +51,30 @@ def test_kernels_and_activations_that_keep_more_or_less(name, override, bf16):
     recipe = shallow(name, 4, "training.micro_batch_size=4", override)
     predicted = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, cost.Launch("1gpu", "single", bf16=bf16))
     assert predicted.total == pytest.approx(tracked_memory_bytes(recipe, bf16), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"norm_position": "post", "num_attention_heads": 15, "head_dim": 51},
+        {"norm_position": "post", "norm": "rmsnorm", "positions": "none", "tie_word_embeddings": False},
+        {"preset": "llama", "qk_norm": True, "num_key_value_heads": 4, "intermediate_size": 2048},
+        {"qk_norm": True, "norm_bias": False, "positions": "rope"},
+        {"mlp": "relu2", "final_logit_softcapping": 30.0},
+    ],
+)
+@pytest.mark.parametrize(("bf16", "checkpointing"), [(True, False), (False, False), (False, True)])
+def test_choices_of_the_hybrid_keep_what_is_predicted(choices, bf16, checkpointing):
+    recipe = load_recipe(
+        ROOT / "recipes/gpt2_124m.yaml",
+        ["training.micro_batch_size=4", f"training.activation_checkpointing={str(checkpointing).lower()}"],
+    )
+    sizes = {"max_position_embeddings": 1024, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    model = HybridModel(model_type="hybrid", vocab_size=50304, num_hidden_layers=3, **{**sizes, **choices})
+    recipe = recipe.model_copy(update={"model": model})
+    predicted = cost.predicted_memory(model, recipe.training, recipe.optimizer, cost.Launch("1gpu", "single", bf16=bf16)).total
+    # LayerNorm of queries and keys is the 4%: a CPU's autocast leaves it in bf16, a GPU's makes it fp32 as predicted.
+    assert predicted == pytest.approx(tracked_memory_bytes(recipe, bf16), rel=0.04)
 
 
 @pytest.mark.parametrize(("name", "micro"), [("llama3_1.5b", 2), ("gpt2_1.36b", 4), ("modern_124m", 32)])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from isoflop import cost
 from isoflop.errors import UserError
-from isoflop.recipe import Training, require_whole_steps
+from isoflop.recipe import HYBRID_PRESETS, HybridModel, Training, require_whole_steps
 from isoflop.recipe_file import load_recipe
 
 EXACT_PARAMETERS = {
@@ -62,6 +62,35 @@ def test_the_six_shapes_train_as_stated():
         assert recipe.training.max_steps == 25_000
         assert recipe.optimizer.peak_learning_rate == 3e-4
         assert (recipe.schedule.warmup_steps, recipe.schedule.final_learning_rate) == (2000, 3e-5)
+
+
+HYBRID = {
+    "model_type": "hybrid", "vocab_size": 320, "max_position_embeddings": 64, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def test_a_hybrids_choices_are_its_presets_but_for_those_given():
+    from isoflop.modeling.configuration_hybrid import PRESETS
+
+    assert HYBRID_PRESETS == PRESETS
+    for preset, choices in PRESETS.items():
+        changed = HybridModel(**HYBRID, preset=preset, norm="rmsnorm", final_logit_softcapping=30.0)
+        expected = choices | {"norm": "rmsnorm", "final_logit_softcapping": 30.0}
+        assert {key: getattr(changed, key) for key in choices} == expected
+        assert HybridModel.model_validate(changed.model_dump()) == changed  # written out, nothing is the preset's any more
+    assert HybridModel(**HYBRID) == HybridModel(**HYBRID, preset="gpt2", **PRESETS["gpt2"])
+
+
+def test_recipe_and_configuration_have_the_same_fields():
+    from isoflop.modeling.build import build_config
+
+    section = HybridModel(**HYBRID, preset="llama", rope_theta=5e5, head_dim=10, attention_dropout=0.1)
+    config = build_config(section.model_dump(exclude={"depth_scaled_init"}), eos_token_id=7, bos_token_id=None)
+    shared = section.model_dump(exclude={"depth_scaled_init", "preset", "attn_implementation", "rope_theta"})
+    assert {key: getattr(config, key) for key in shared} == shared | {"num_key_value_heads": 4}
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
+    assert "preset" not in config.to_dict()
 
 
 @given(

@@ -79,6 +79,31 @@ BAD = {
         {"model": {"num_key_value_heads": 3}},
         r"num_attention_heads = 4 is not a multiple of num_key_value_heads = 3",
     ),
+    "unknown choice of a hybrid": (
+        {"model": {"model_type": "hybrid", "positions": "alibi"}},
+        r"model.positions = 'alibi': Input should be 'learned', 'rope' or 'none'",
+    ),
+    "unknown key of a hybrid": (
+        {"model": {"model_type": "hybrid", "nrom": "rmsnorm"}},
+        r"model.nrom: unknown key; did you mean norm\?",
+    ),
+    "unknown preset": ({"model": {"model_type": "hybrid", "preset": ["gpt3"]}}, r"model.preset = \['gpt3'\]: Input should be"),
+    "heads of a hybrid without a size": (
+        {"model": {"model_type": "hybrid", "num_attention_heads": 5, "num_key_value_heads": 5}},
+        r"hidden_size = 32 is not a multiple of num_attention_heads = 5; set head_dim, which is free here \(6 is nearest\)",
+    ),
+    "key-value heads of a hybrid": (
+        {"model": {"model_type": "hybrid", "num_key_value_heads": 3}},
+        r"num_attention_heads = 4 is not a multiple of num_key_value_heads = 3; .*\[2, 4\]",
+    ),
+    "odd heads that turn": (
+        {"model": {"model_type": "hybrid", "positions": "rope", "head_dim": 135}},
+        r"head_dim = 135 is odd, and rotary positions turn pairs of dimensions; nearest: 134 or 136",
+    ),
+    "a soft cap of nothing": (
+        {"model": {"model_type": "hybrid", "final_logit_softcapping": 0.0}},
+        r"model.final_logit_softcapping = 0.0: Input should be greater than 0",
+    ),
     "too long": (
         {"training": {"sequence_length": 128, "tokens_per_step": 512}},
         r"sequence_length = 128 is beyond the model's 64 positions",

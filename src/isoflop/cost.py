@@ -355,11 +355,11 @@ def _activation(model: Model) -> str:
 def _backward_bytes(model: Model, tokens: int, arithmetic: Arithmetic) -> int:
     """Gradients alive at the peak of a layer's backward pass, beyond what it has freed by then.
 
-    The feed-forward's inner gradients (two for gate and up, one for GELU) and the residual stream's; where the head is tied, its
-    gradient waits for the embedding's.
+    The feed-forward's inner gradients (two for gate and up, one for GELU; of a square the gradient, twice its input and their
+    product) and the residual stream's; where the head is tied, its gradient waits for the embedding's.
     """
     s = shape_of(model)
-    inner = 2 if s.gated else 1
+    inner = 3 if _activation(model) == "relu2" else 2 if s.gated else 1
     width = 4 if arithmetic == "fp32" else 2
     return tokens * (inner * width * s.intermediate_size + 2 * s.hidden_size) + (4 * _head_parameters(model) if s.tied else 0)
 

@@ -143,7 +143,7 @@ class HybridModel(_Model):
     @checked_by(mode="before")
     @classmethod
     def _choices_of_the_preset(cls, given: Any) -> Any:
-        return HYBRID_PRESETS.get(given.get("preset", "gpt2"), {}) | given if isinstance(given, dict) else given
+        return HYBRID_PRESETS.get(str(given.get("preset", "gpt2")), {}) | given if isinstance(given, dict) else given
 
     @checked_by(mode="after")
     def _heads_fit(self) -> Self:
