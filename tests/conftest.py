@@ -24,6 +24,11 @@ TOY_MODELS = {
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
     "gpt2": {"model_type": "gpt2", "vocab_size": 320, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "hybrid": {
+        "model_type": "hybrid", "vocab_size": 320, "max_position_embeddings": 64, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 3, "head_dim": 10, "norm_position": "post", "mlp": "relu2",
+        "qk_norm": True, "final_logit_softcapping": 30.0,
+    },
 }  # fmt: skip
 
 

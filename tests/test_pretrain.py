@@ -48,16 +48,7 @@ def test_a_run_leaves_what_others_rely_on(undisturbed):
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_saved_model_is_the_trained_one(family, undisturbed, run_in_process):
-    """Opened by transformers alone, its loss on the held-out windows is the one that was measured while training."""
-    recipe = undisturbed[family]
-    folder = Path(recipe.output.run_dir)
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert type(model).__name__ == {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}[family]
-    assert model.dtype == torch.float32
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # ties hold after a reload
-    assert all(torch.isfinite(p).all() for p in model.parameters())
+def assert_as_trained(model, recipe):
     accelerator = pretrain_module.build_accelerator(recipe.output)
     manifest = pretrain_module.check_data(recipe, True)
     job = pretrain_module.build_job(recipe, manifest, accelerator, pretrain_module.StopRequest())
@@ -69,6 +60,34 @@ def test_the_saved_model_is_the_trained_one(family, undisturbed, run_in_process)
         losses = model(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(reloaded, trained, rtol=1e-5, atol=1e-5)
     assert losses.item() == pytest.approx(metrics_of(recipe)[-1]["val_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "hybrid"])
+def test_the_saved_model_is_the_trained_one(family, undisturbed, run_in_process):
+    """Opened by transformers alone, its loss on the held-out windows is the one that was measured while training."""
+    recipe = undisturbed[family]
+    folder = Path(recipe.output.run_dir)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert type(model).__name__ == {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "hybrid": "HybridForCausalLM"}[family]
+    assert model.dtype == torch.float32
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # ties hold after a reload
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert_as_trained(model, recipe)
+
+
+@pytest.mark.parametrize(("preset", "name"), [("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM")])
+def test_a_hybrid_that_amounts_to_a_stock_model_is_saved_as_that(preset, name, write_recipe, run_in_process):
+    file = write_recipe(
+        family="hybrid", model__preset=preset, model__num_attention_heads=4, model__head_dim=8, model__norm_position="pre",
+        model__mlp={"gpt2": "relu2", "llama": "swiglu"}[preset], model__qk_norm=False, model__final_logit_softcapping=None,
+        training__max_steps=2,
+    )  # fmt: skip
+    recipe = load_recipe(file)
+    assert run_in_process(recipe) == 0
+    folder = Path(recipe.output.run_dir) / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert (type(model).__name__, list(folder.glob("*.py"))) == (name, [])
+    assert_as_trained(model, recipe)
 
 
 def test_pipeline_and_tokenizer_open_it(undisturbed):
@@ -161,7 +180,7 @@ def test_accumulation_changes_nothing(toy_recipe, run_in_process, undisturbed):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "hybrid"])
 def test_two_processes_equal_one_that_accumulates_twice(family, undisturbed, write_recipe):
     file = write_recipe(family=family)
     launch("2cpu_ddp", file)

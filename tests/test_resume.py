@@ -33,7 +33,7 @@ pretrain.pretrain(load_recipe(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "hybrid"])
 def test_ten_steps_are_five_a_kill_and_five_more_bit_for_bit(family, undisturbed, write_recipe, run_in_process):
     file = write_recipe(family=family)
     recipe = load_recipe(file)

@@ -74,6 +74,17 @@ def test_facts_and_training_are_those_of_the_run(run, undisturbed):
     assert f"```text\n{summary['samples'][0]}\n```" in str(card)
 
 
+def test_a_hybrid_says_that_its_code_is_run(undisturbed, toy_recipe):
+    folder = RunFolder(undisturbed["hybrid"].output.run_dir)
+    card = model_card(folder, "user/toy", None, ["step-5"])
+    assert rows(card, "|  |  |")["type"] == ["hybrid, with its code beside the weights"]
+    assert 'AutoModelForCausalLM.from_pretrained("user/toy", trust_remote_code=True), AutoTokenizer' in str(card)
+    assert 'from_pretrained("user/toy", revision="step-N", trust_remote_code=True)`' in str(card)
+    stock = toy_recipe(model__model_type="hybrid", model__preset="llama")
+    assert sections.remote_code(stock) == ""
+    assert "hybrid, stock transformers" in sections.architecture(stock)
+
+
 def test_the_metadata_comes_back_whole_from_a_saved_card(run, tmp_path):
     write_results(RESULTS, run.evaluations / "quick", 28832)
     card = model_card(run, "user/toy", "mit")

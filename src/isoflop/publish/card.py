@@ -38,6 +38,7 @@ def model_card(folder: RunFolder, repo_id: str, license: str | None, revisions: 
     values = {
         "metadata": metadata(recipe, summary, scores, repo_id, license).to_yaml(),
         "repo_id": repo_id,
+        "remote_code": sections.remote_code(recipe),
         "name": repo_id.split("/")[-1],
         "parameters": sections.rounded(summary["parameters"]),
         "tokens": sections.rounded(summary["tokens"]),

@@ -24,6 +24,7 @@ from isoflop.export import export_checkpoint
 from isoflop.publish.card import license_of
 from isoflop.publish.files import CARD, RECIPE, Files, model_files, read_metrics
 from isoflop.publish.redaction import published_recipe
+from isoflop.publish.sections import remote_code
 from isoflop.publish.upload import CHECKPOINTS, MAIN, Repository, commit, look, plain_errors
 from isoflop.recipe import Recipe
 from isoflop.recipe_file import load_recipe, to_yaml
@@ -119,7 +120,7 @@ pipeline_tag: text-generation
 # {repo_id.split("/")[-1]}, step {step:,}
 
 A checkpoint of the run `{folder.path.resolve().name}`, after {step:,} of {steps:,} optimizer steps and {row["tokens"]:,} tokens:
-{losses} (nats per token). Open it by `from_pretrained("{repo_id}", revision="step-{step}")`.
+{losses} (nats per token). Open it by `from_pretrained("{repo_id}", revision="step-{step}"{remote_code(recipe)})`.
 """
 
 

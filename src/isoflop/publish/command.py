@@ -16,6 +16,7 @@ from isoflop.errors import UserError
 from isoflop.publish.card import UNKNOWN_LICENSE, license_of, model_card
 from isoflop.publish.checkpoints import publish_checkpoints
 from isoflop.publish.files import CARD, Files, has_tensorboard, run_files, size_bytes
+from isoflop.publish.sections import remote_code
 from isoflop.publish.upload import MAIN, commit, look, plain_errors, require_name
 from isoflop.recipe import Recipe
 from isoflop.recipe_file import load_recipe
@@ -83,7 +84,8 @@ def publish_run(
             print(f"{repo_id} stays {'private' if there.private else 'public'}: that is changed in its settings on the Hub")
         oid = commit(repo_id, MAIN, files, f"{folder.path.resolve().name}, {recipe.model.model_type}")
     news = "is whole, nothing was new" if oid == there.commits.get(MAIN) else f"commit {oid[:8]}"
-    print(f'{constants.ENDPOINT}/{repo_id}: {news}\nopen it: AutoModelForCausalLM.from_pretrained("{repo_id}")', flush=True)
+    opening = f'AutoModelForCausalLM.from_pretrained("{repo_id}"{remote_code(recipe)})'
+    print(f"{constants.ENDPOINT}/{repo_id}: {news}\nopen it: {opening}", flush=True)
 
 
 def files_of(folder: RunFolder, recipe: Recipe, repo_id: str, license: str | None, tags: list[str]) -> Files:

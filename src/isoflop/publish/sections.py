@@ -10,6 +10,7 @@ from typing import Any
 
 from isoflop import cost
 from isoflop.data.manifest import FILE_NAME, read_manifest
+from isoflop.export import is_stock
 from isoflop.metrics import Row
 from isoflop.recipe import Recipe
 from isoflop.recipe_data import HubSource, PythonSource, Source
@@ -46,13 +47,18 @@ def _source_name(source: Source) -> str:
     return f"local files {', '.join(source.files)}"
 
 
+def remote_code(recipe: Recipe) -> str:
+    """What `from_pretrained` has to be told besides, where no stock class computes the model."""
+    return "" if is_stock(recipe) else ", trust_remote_code=True"
+
+
 def architecture(recipe: Recipe) -> str:
     """The model's shape and its tokenizer."""
     model, tokenizer, shape = recipe.model, recipe.tokenizer, cost.shape_of(recipe.model)
     trained = f"byte-level BPE with {tokenizer.train_vocab_size} ids, trained on this data"
     return _facts(
         {
-            "type": f"{model.model_type}, stock transformers",
+            "type": f"{model.model_type}, {'stock transformers' if is_stock(recipe) else 'with its code beside the weights'}",
             "parameters": f"{cost.parameters(model):,}",
             "layers": f"{shape.num_layers}",
             "width": f"{shape.hidden_size:,}",
