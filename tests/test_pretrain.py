@@ -137,6 +137,14 @@ TOY_WIDTHS = {
         "max_position_embeddings=64",
     ],
     "gpt2": ["n_embd=64", "n_inner=128", "n_layer=3", "n_head=4", "n_positions=64"],
+    "hybrid": [
+        "hidden_size=64",
+        "intermediate_size=128",
+        "num_hidden_layers=3",
+        "num_attention_heads=3",
+        "head_dim=15",
+        "max_position_embeddings=64",
+    ],
 }
 
 

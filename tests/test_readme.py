@@ -144,7 +144,7 @@ def test_the_table_of_recipes_is_right():
     for name, family, parameters, tokens, unit, memory_gb, config in rows:
         recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
         assert f"{cost.parameters(recipe.model):,}" == parameters
-        assert recipe.model.model_type == {"GPT-2": "gpt2", "Llama": "llama"}[family]
+        assert recipe.model.model_type == {"GPT-2": "gpt2", "Llama": "llama", "Hybrid": "hybrid"}[family]
         total = recipe.training.num_steps(0) * recipe.training.tokens_per_step / {"M": 1e6, "B": 1e9}[unit]
         assert f"{total:.1f}" == tokens
         needed = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, cost.Launch("1gpu", "single")).total

@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ from hypothesis import strategies as st
 
 from isoflop import cost
 from isoflop.errors import UserError
-from isoflop.recipe import HYBRID_PRESETS, HybridModel, Training, require_whole_steps
+from isoflop.recipe import HYBRID_PRESETS, HybridModel, Training, differences, require_whole_steps
 from isoflop.recipe_file import load_recipe
 
 EXACT_PARAMETERS = {
     "gpt2_1.36b": 1_405_452_800,
+    "gpt2_1.36b_literal": 1_405_097_620,
     "llama2_1.36b": 1_294_159_104,
     "llama3_1.5b": 1_544_628_224,
     "llama3_2.2b": 2_224_154_624,
@@ -56,7 +58,10 @@ def test_the_six_shapes_train_as_stated():
         assert recipe.training.tokens_per_step == 524_288
         assert (recipe.optimizer.beta1, recipe.optimizer.beta2) == (0.9, 0.95)
         assert (recipe.optimizer.weight_decay, recipe.optimizer.max_grad_norm) == (0.1, 1.0)
-    large = [load_recipe(ROOT / f"recipes/{name}.yaml") for name in ("gpt2_1.36b", "llama2_1.36b", "llama3_1.5b", "llama3_2.2b")]
+    large = [
+        load_recipe(ROOT / f"recipes/{name}.yaml")
+        for name in ("gpt2_1.36b", "gpt2_1.36b_literal", "llama2_1.36b", "llama3_1.5b", "llama3_2.2b")
+    ]
     for recipe in large:
         assert recipe.training.sequence_length == 2048
         assert recipe.training.max_steps == 25_000
@@ -140,3 +145,58 @@ def test_recipes_say_their_hardware_and_source():
         header = Path(ROOT / f"recipes/{name}.yaml").read_text().split("model:")[0]
         assert header.startswith("# yaml-language-server: $schema=schema.json\n")
         assert "# Hardware: " in header
+
+
+# --- recipes/ablations ----------------------------------------------------------------------------------------
+
+ABLATIONS = {path.stem: load_recipe(path) for path in sorted((ROOT / "recipes/ablations").glob("*.yaml"))}
+BASELINE = ABLATIONS["124m_baseline"]
+
+
+def spent(recipe):
+    """Tokens and FLOPs of a run."""
+    tokens = recipe.training.num_steps(cost.parameters(recipe.model)) * recipe.training.tokens_per_step
+    return tokens, tokens * cost.flops_per_token(recipe.model, recipe.training.sequence_length)
+
+
+def test_the_baseline_of_the_ablations_is_gpt2_as_it_was():
+    stock = load_recipe(ROOT / "recipes/gpt2_124m.yaml")
+    assert cost.shape_of(BASELINE.model) == cost.shape_of(stock.model)
+    changes = differences(BASELINE.trajectory(), stock.trajectory())
+    assert all(change.startswith("model.") for change in changes)
+
+
+def test_all_changes_together_are_the_modern_recipe():
+    modern, together = load_recipe(ROOT / "recipes/modern_124m.yaml"), ABLATIONS["124m_all_three"]
+    without_biases = together.model.model_copy(update={"attention_bias": False, "mlp_bias": False})
+    assert cost.shape_of(without_biases) == cost.shape_of(modern.model)
+    faster, longer = ABLATIONS["124m_learning_rate"], ABLATIONS["124m_epochs"]
+    assert (faster.optimizer, faster.schedule, longer.training) == (modern.optimizer, modern.schedule, modern.training)
+
+
+@pytest.mark.parametrize("name", [name for name in ABLATIONS if name != "124m_baseline"])
+def test_an_ablation_changes_what_its_table_says_and_nothing_else(name):
+    table = (ROOT / "recipes/ablations/README.md").read_text()
+    changed, parameters, tokens, flops = re.search(rf"^\| `{name}` \| (.+) \| (.+) \| (.+)B \| (.+) \|$", table, re.M).groups()
+    found = differences(BASELINE.trajectory(), ABLATIONS[name].trajectory())
+    keys = {change.split(":")[0].split(".")[-1] for change in found}
+    if ABLATIONS[name].data.prepared_dir != BASELINE.data.prepared_dir:
+        keys.add("prepared_dir")
+    assert keys == set(changed.split(", "))
+    assert f"{cost.parameters(ABLATIONS[name].model):,}" == parameters
+    spent_tokens, spent_flops = spent(ABLATIONS[name])
+    assert (f"{spent_tokens / 1e9:.1f}", f"{spent_flops:.3e}") == (tokens, flops)
+    header = (ROOT / f"recipes/ablations/{name}.yaml").read_text().split("model:")[0]
+    assert header.startswith("# yaml-language-server: $schema=../schema.json\n")
+    assert (
+        f"# {parameters} parameters; {flops} FLOPs in {ABLATIONS[name].training.max_steps:,} steps, {tokens}B tokens.\n" in header
+    )
+
+
+def test_one_set_spends_equal_tokens_and_the_other_equal_flops():
+    tokens, flops = spent(BASELINE)
+    for name, recipe in ABLATIONS.items():
+        if "equal_flops" in name:  # to half a step
+            assert spent(recipe)[1] == pytest.approx(flops, rel=0.5 / recipe.training.max_steps)
+        else:
+            assert spent(recipe) == ((2 * tokens, 2 * flops) if name == "124m_epochs" else (tokens, flops))

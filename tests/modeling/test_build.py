@@ -37,7 +37,10 @@ def test_every_parameter_is_set_with_the_deviation_the_recipe_says(fields, depth
 TOY_WIDTHS = {
     "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4},
     "gpt2": {"n_embd": 64, "n_inner": 128, "n_layer": 3, "n_head": 4},
-}
+    "hybrid": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 3, "head_dim": 15,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
