@@ -15,7 +15,6 @@ from isoflop.modeling.build import build_config, build_model
 from isoflop.recipe import Gpt2Model, HybridModel, LlamaModel, Optimizer, Training
 from isoflop.recipe_file import load_recipe
 
-
 hybrids = fields().map(lambda choices: HybridModel(model_type="hybrid", **choices))
 
 
