@@ -62,6 +62,14 @@ def test_a_checkpoint_is_evaluated_as_what_it_would_be_exported_to(run, undistur
     assert not list(run.glob(".export-*"))
 
 
+def test_a_hybrid_is_opened_by_this_packages_class_without_its_code_being_run(undisturbed, tmp_path):
+    run = Path(shutil.copytree(undisturbed["hybrid"].output.run_dir, tmp_path / "run"))
+    for path in (run, run / "checkpoints/step-10"):
+        evaluated(path)
+    ours = (json.loads((run / f"evaluations/{name}/results.json").read_text()) for name in ("quick", "step-10/quick"))
+    assert numbers(next(ours)) == numbers(next(ours))
+
+
 def test_a_run_that_is_still_training_is_its_newest_whole_checkpoint(run, capsys):
     shutil.rmtree(run / "model")
     (run / "checkpoints/step-10/checksums.json").write_text("{}")

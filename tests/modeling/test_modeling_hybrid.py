@@ -298,6 +298,15 @@ def test_attentions_and_hidden_states_are_returned_where_asked_for():
     assert [hidden.shape for hidden in output.hidden_states] == [(2, 20, 24)] * 3
 
 
+def test_only_the_logits_asked_for_are_made():
+    model = build(EVERY_CHOICE["gpt2"])
+    ids = some_ids(model)
+    with torch.no_grad():
+        logits = model(ids).logits
+        for kept, wanted in ((1, logits[:, -1:]), (torch.tensor([2, 5]), logits[:, [2, 5]])):
+            torch.testing.assert_close(model(ids, logits_to_keep=kept).logits, wanted)
+
+
 def test_embeddings_can_be_given_instead_of_ids():
     model = build(EVERY_CHOICE["gpt2"])
     ids = some_ids(model)
