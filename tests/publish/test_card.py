@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from isoflop import cost
 from isoflop.publish import sections
 from isoflop.publish.card import hub_names, metadata, model_card
+from isoflop.publish.files import run_files
 from isoflop.publish.redaction import published_recipe
 from isoflop.recipe import Recipe
 from isoflop.recipe_file import load_recipe
@@ -80,6 +81,8 @@ def test_a_hybrid_says_that_its_code_is_run(undisturbed, toy_recipe):
     assert rows(card, "|  |  |")["type"] == ["hybrid, with its code beside the weights"]
     assert 'AutoModelForCausalLM.from_pretrained("user/toy", trust_remote_code=True), AutoTokenizer' in str(card)
     assert 'from_pretrained("user/toy", revision="step-N", trust_remote_code=True)`' in str(card)
+    code = {"configuration_hybrid.py", "conversion_hybrid.py", "modeling_hybrid.py"}
+    assert {name for name in run_files(folder, undisturbed["hybrid"]) if name.endswith(".py")} == code
     stock = toy_recipe(model__model_type="hybrid", model__preset="llama")
     assert sections.remote_code(stock) == ""
     assert "hybrid, stock transformers" in sections.architecture(stock)
