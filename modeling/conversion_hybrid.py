@@ -5,6 +5,7 @@ Weights go by name in dictionaries, so that gradients can go the same way: every
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ FREE: dict[str, dict[str, tuple[Any, ...]]] = {
 STOCK = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 SHARED = ("vocab_size", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+# LLaMA's own names are those here.
 SIZES = (
     "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "attention_dropout",
-)  # fmt: skip  # of LLaMA, under the names they have here
+)  # fmt: skip
 GPT2_NAMES = {
     "max_position_embeddings": "n_positions", "hidden_size": "n_embd", "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head", "norm_eps": "layer_norm_epsilon", "attention_dropout": "attn_pdrop",
@@ -66,7 +68,9 @@ def stock_config(config: HybridConfig) -> PretrainedConfig:
         return GPT2Config(**fields, n_inner=config.intermediate_size, activation_function=ACTIVATIONS[config.mlp])
     if preset == "llama":
         fields |= {key: getattr(config, key) for key in SIZES}
-        return LlamaConfig(**fields, rms_norm_eps=config.norm_eps, rope_parameters=config.rope_parameters, hidden_act="silu")
+        return LlamaConfig(
+            **fields, rms_norm_eps=config.norm_eps, rope_parameters=copy.deepcopy(config.rope_parameters), hidden_act="silu"
+        )
     reasons = "; ".join(f"{STOCK[preset]} has other choices: {', '.join(obstacles(config, preset))}" for preset in PRESETS)
     raise ValueError(f"no stock class computes this; {reasons}. Change these, or publish it with remote code by save_pretrained")
 

@@ -38,12 +38,15 @@ TOY_WIDTHS = {
     "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4},
     "gpt2": {"n_embd": 64, "n_inner": 128, "n_layer": 3, "n_head": 4},
     "hybrid": {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 3, "head_dim": 15,
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 3, "head_dim": 14,
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+RECIPES = [*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "recipes/ablations").glob("*.yaml")]
+
+
+@pytest.mark.parametrize("name", sorted(path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in RECIPES))
 def test_every_recipe_at_toy_width_starts_as_it_says(name, tmp_path):
     section = load_recipe(ROOT / f"recipes/{name}.yaml").model
     toy = dict(TOY_WIDTHS[section.model_type])
