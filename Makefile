@@ -47,13 +47,14 @@ constraints: setup
 	(sed -n 1p constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//') > constraints.new
 	mv constraints.new constraints.txt
 
-# Pages and figures that are computed; docs/circle.md takes some 35 minutes, all others but docs/reproductions.md some ten each.
+# Pages and figures that are computed; docs/circle.md takes some 35 minutes and docs/ablation.md an hour, all others but docs/reproductions.md some ten each.
 pages: setup
 	$(BIN)/python docs/reproductions.py
 	$(BIN)/python docs/memory.py
 	$(BIN)/python docs/reliability.py
 	$(BIN)/python docs/data.py
 	$(BIN)/python docs/circle.py
+	$(BIN)/python docs/ablation.py
 	$(BIN)/python -m pip install --quiet --no-deps --target build/chinchilla chinchilla==0.2.0 attrdictx ordinal seaborn ruamel.yaml
 	PYTHONPATH=build/chinchilla $(BIN)/python docs/laws.py $(LAWS_DATA)
 

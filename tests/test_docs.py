@@ -8,15 +8,27 @@ import sys
 import pytest
 from conftest import ROOT
 
+from isoflop.recipe import differences
+from isoflop.recipe_file import load_recipe
+
 DOCS = ROOT / "docs"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def reproductions():
-    spec = importlib.util.spec_from_file_location("reproductions", DOCS / "reproductions.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("reproductions")
+
+
+@pytest.fixture(scope="module")
+def ablation():
+    return script("ablation")
 
 
 @pytest.fixture(autouse=True)
@@ -160,3 +172,62 @@ def test_the_laws_page_is_made_anew(tmp_path):
     (tmp_path / "laws.py").write_text(script, encoding="utf-8")
     subprocess.run([sys.executable, tmp_path / "laws.py", "--seeds", "3"], cwd=ROOT, check=True)
     assert (tmp_path / "laws.md").read_text(encoding="utf-8").count("\n| ") > 15
+
+
+def test_the_laptops_ablation_makes_the_changes_of_the_124m_recipes(ablation):
+    recipes = {path.stem.removeprefix("124m_"): load_recipe(path) for path in (ROOT / "recipes/ablations").glob("124m_*.yaml")}
+    assert set(recipes) == set(ablation.CHANGES)
+    runs = {name: ablation.run_of(name, 0, []) for name in recipes}
+
+    def changed(each, name):
+        found = {change.split(":")[0] for change in differences(each["baseline"].trajectory(), each[name].trajectory())}
+        return {key for key in found if not key.startswith("tokenizer")}  # half the text would make another
+
+    for name, recipe in recipes.items():
+        assert changed({each: run.recipe for each, run in runs.items()}, name) == changed(recipes, name)
+        assert runs[name].recipe.model.positions == recipe.model.positions
+        assert runs[name].recipe.model.mlp == recipe.model.mlp
+    steps, flops = runs["baseline"].steps, runs["baseline"].flops
+    for name, run in runs.items():
+        if "equal_flops" in name:
+            assert run.flops == pytest.approx(flops, rel=0.6 / run.steps)  # half a step, and its rounding
+        else:
+            assert (run.steps, run.flops) == ((2 * steps, 2 * flops) if name == "epochs" else (steps, flops))
+
+
+def test_the_laptops_ablation_tells_differences_from_seeds(ablation, tmp_path):
+    """Made-up losses: seeds differ by 0.01, one change is worth 0.1, all three together 0.05 beyond the sum."""
+    worth = {"rope": -0.1, "all_three": -0.15}
+    seeds = (-0.01, 0.0, 0.01)
+    summary = {"tokens_per_s": 100.0, "peak_memory_bytes": 10**9, "elapsed_s": 60.0}
+    results = [
+        ablation.Result(name, [ablation.run_of(name, 0, [])], [3 + worth.get(name, 0.0) + seed for seed in seeds], [summary] * 3)
+        for name in ablation.CHANGES
+    ]
+    worths = ablation.worth_of(results)
+    assert [name for name, each in worths.items() if each.told] == ["rope", "all_three"]
+    assert worths["rope"].difference == pytest.approx(-0.1)
+    assert worths["rope"].low < -0.1 < worths["rope"].high < 0
+    assert ablation.spread_of(results) == pytest.approx(0.01)
+    extra, half = ablation.more_than_the_sum(results)
+    assert extra == pytest.approx(-0.05)
+    assert half == pytest.approx(2.0739 * 0.01 * (8 / 3) ** 0.5, rel=1e-4)  # Student's t of 22 degrees of freedom
+    page = ablation.page(results, worths)
+    assert "**Told apart from other seeds:** `all_three` (-0.150), `rope` (-0.100)." in page
+    assert "-0.0500 ± 0.0339 nats beyond the sum of each alone, which is told apart from none." in page
+    ablation.draw(results, worths, tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_the_ablation_page_is_made_anew(tmp_path):
+    """Some minutes at toy size with two seeds: the page's script still trains, scores and draws."""
+    text = (DOCS / "ablation.py").read_text(encoding="utf-8").replace("SEEDS = 3", "SEEDS = 2")
+    text = text.replace("HERE = Path(__file__).parent", f"HERE = Path({str(tmp_path)!r})")
+    text = text.replace("data/ablation", f"{tmp_path}/data/ablation")
+    (tmp_path / "ablation.py").write_text(text, encoding="utf-8")
+    small = ["model.hidden_size=24", "training.max_steps=4", "evaluation.validate_every=2", "evaluation.max_windows=8"]
+    folders = [f"output.run_dir={tmp_path}/runs/baseline", f"data.prepared_dir={tmp_path}/data/ablation"]
+    command = [sys.executable, tmp_path / "ablation.py", *small, "schedule.warmup_steps=1", *folders]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert (tmp_path / "ablation.md").read_text(encoding="utf-8").count("\n| `") == 22

@@ -149,7 +149,7 @@ def test_recipes_say_their_hardware_and_source():
 
 # --- recipes/ablations ----------------------------------------------------------------------------------------
 
-ABLATIONS = {path.stem: load_recipe(path) for path in sorted((ROOT / "recipes/ablations").glob("*.yaml"))}
+ABLATIONS = {path.stem: load_recipe(path) for path in sorted((ROOT / "recipes/ablations").glob("124m_*.yaml"))}
 BASELINE = ABLATIONS["124m_baseline"]
 
 
