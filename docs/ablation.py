@@ -144,8 +144,17 @@ def summary_of(run: Run) -> dict[str, Any]:
 
 
 def worth_of(results: list[Result]) -> dict[str, Worth]:
-    """Dunnett's test of every change against the baseline: one spread for all, as three seeds of one tell it badly."""
+    """Dunnett's test of every change against the baseline: one spread for all, as three seeds of one tell it badly.
+
+    Where seeds of some changes part much further, those are tested with all in one spread, and the others without them.
+    """
     baseline, *changed = results
+    apart = unsteady(results)
+    worths = _dunnett(baseline, changed) | _dunnett(baseline, [result for result in changed if result.name not in apart])
+    return {result.name: worths[result.name] for result in changed}
+
+
+def _dunnett(baseline: Result, changed: list[Result]) -> dict[str, Worth]:
     test = stats.dunnett(*[result.losses for result in changed], control=baseline.losses, rng=np.random.default_rng(0))
     interval = test.confidence_interval(LEVEL)
     means = [statistics.mean(result.losses) - statistics.mean(baseline.losses) for result in changed]
@@ -155,9 +164,16 @@ def worth_of(results: list[Result]) -> dict[str, Worth]:
     }
 
 
+def unsteady(results: list[Result]) -> list[str]:
+    """Changes whose seeds differ more than three times as much as the median change's: training at its edge, not noise."""
+    spreads = {result.name: statistics.stdev(result.losses) for result in results}
+    return [name for name, spread in spreads.items() if spread > 3 * statistics.median(spreads.values())]
+
+
 def spread_of(results: list[Result]) -> float:
-    """Standard deviation between seeds, over all changes."""
-    return math.sqrt(statistics.mean(statistics.variance(result.losses) for result in results))
+    """Standard deviation between seeds, over all changes but unsteady ones."""
+    apart = unsteady(results)
+    return math.sqrt(statistics.mean(statistics.variance(result.losses) for result in results if result.name not in apart))
 
 
 def more_than_the_sum(results: list[Result]) -> tuple[float, float]:
@@ -165,7 +181,7 @@ def more_than_the_sum(results: list[Result]) -> tuple[float, float]:
     means = {result.name: statistics.mean(result.losses) for result in results}
     extra = means["all_three"] + 2 * means["baseline"] - means["rope"] - means["rmsnorm"] - means["swiglu"]
     squares = 1 + 4 + 3  # of the coefficients above
-    freedom = sum(len(result.losses) - 1 for result in results)
+    freedom = sum(len(result.losses) - 1 for result in results if result.name not in unsteady(results))
     return extra, float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * spread_of(results) * math.sqrt(squares / SEEDS)
 
 
@@ -215,13 +231,15 @@ hybrid; {SEEDS} seeds of each, which choose weights and order, over the same tex
 
 {losses}
 
-Between seeds: standard deviation of {SEEDS}; over all changes {spread_of(results):.4f}. Intervals and p-values are Dunnett's,
-against the baseline, with the one spread of all changes: all intervals hold together in {LEVEL:.0%} of repetitions.
+Between seeds: standard deviation of {SEEDS}; over all changes {spread_of(results):.4f}{_without(results)}. Intervals and
+p-values are Dunnett's, against the baseline, with the one spread of all changes: all intervals hold together in {LEVEL:.0%} of repetitions.
 
-**Told apart from other seeds:** {_listed(worths, told=True)}.
+**Told apart from other seeds:**
+{_listed(worths, told=True)}.
 
-**Not told apart:** {_listed(worths, told=False)}. With {SEEDS} seeds, differences under some {resolution:.3f} nats cannot be seen
-at this size.
+**Not told apart:**
+{_listed(worths, told=False)}.
+With {SEEDS} seeds, differences under some {resolution:.3f} nats cannot be seen at this size.
 
 All three together are worth {extra:+.4f} ± {half:.4f} nats beyond the sum of each alone, which is {apart}.
 
@@ -241,6 +259,12 @@ Tokens/s: median of the seeds; beside the baseline's of the same seed. Peak memo
 - This is {size:.1f}M parameters and {run.tokens / 1e6:.1f}M tokens. What holds at 124M and 10B tokens is for the recipes of that
   size to say; nothing here shows that it is the same.
 """
+
+
+def _without(results: list[Result]) -> str:
+    if not (names := unsteady(results)):
+        return ""
+    return f", without {', '.join(f'`{name}`' for name in names)}, whose seeds part further"
 
 
 def _loss_row(result: Result, worths: dict[str, Worth]) -> list[str]:

@@ -209,14 +209,33 @@ def test_the_laptops_ablation_tells_differences_from_seeds(ablation, tmp_path):
     assert worths["rope"].difference == pytest.approx(-0.1)
     assert worths["rope"].low < -0.1 < worths["rope"].high < 0
     assert ablation.spread_of(results) == pytest.approx(0.01)
+    loud = [each._replace(losses=[2.5, 3.0, 3.5]) if each.name == "learning_rate" else each for each in results]
+    assert ablation.unsteady(loud) == ["learning_rate"]
+    assert ablation.worth_of(loud)["rope"].told  # what one change makes unsteady hides no other
+    assert not ablation.worth_of(loud)["learning_rate"].told
     extra, half = ablation.more_than_the_sum(results)
     assert extra == pytest.approx(-0.05)
     assert half == pytest.approx(2.0739 * 0.01 * (8 / 3) ** 0.5, rel=1e-4)  # Student's t of 22 degrees of freedom
     page = ablation.page(results, worths)
-    assert "**Told apart from other seeds:** `all_three` (-0.150), `rope` (-0.100)." in page
+    assert "**Told apart from other seeds:**\n`all_three` (-0.150), `rope` (-0.100)." in page
     assert "-0.0500 ± 0.0339 nats beyond the sum of each alone, which is told apart from none." in page
     ablation.draw(results, worths, tmp_path / "ablation.png")
     assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_ablation_page_adds_up():
+    """Three seeds of each change, trained by `make pages`; the figures are those of one machine."""
+    page = (DOCS / "ablation.md").read_text(encoding="utf-8")
+    baseline = float(re.search(r"^\| `baseline` \| ([\d.]+) \|", page, flags=re.MULTILINE)[1])
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d.]+) \| [\d.]+ \| (\**)([+-][\d.]+)\** \| ([+-][\d.]+) to ([+-][\d.]+) \|", page, flags=re.MULTILINE
+    )
+    assert len(rows) == 10
+    for name, loss, marked, difference, low, high in rows:
+        assert float(loss) - baseline == pytest.approx(float(difference), abs=1.1e-4)
+        assert float(low) < float(difference) < float(high)
+        assert bool(marked) == (float(low) > 0 or float(high) < 0), name
+    assert (DOCS / "ablation.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
