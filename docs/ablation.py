@@ -232,7 +232,8 @@ hybrid; {SEEDS} seeds of each, which choose weights and order, over the same tex
 {losses}
 
 Between seeds: standard deviation of {SEEDS}; over all changes {spread_of(results):.4f}{_without(results)}. Intervals and
-p-values are Dunnett's, against the baseline, with the one spread of all changes: all intervals hold together in {LEVEL:.0%} of repetitions.
+p-values are Dunnett's, against the baseline, with the one spread of all changes: all intervals hold together in
+{LEVEL:.0%} of repetitions.
 
 **Told apart from other seeds:**
 {_listed(worths, told=True)}.
