@@ -57,7 +57,7 @@ def test_every_recipe_at_toy_width_starts_as_it_says(name, tmp_path):
     for parameter_name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             scale = math.sqrt(2 * 3) if parameter_name.split(".")[-2] in RESIDUAL_PROJECTIONS else 1
-            assert parameter.std().item() == pytest.approx(0.02 / scale, rel=0.05), parameter_name
+            assert parameter.std().item() == pytest.approx(section.initializer_range / scale, rel=0.05), parameter_name
         else:
             assert (parameter == (0 if parameter_name.endswith("bias") else 1)).all(), parameter_name
     model.save_pretrained(tmp_path)
