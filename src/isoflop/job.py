@@ -22,6 +22,7 @@ from isoflop import cost
 from isoflop.checkpoint.folder import list_checkpoints
 from isoflop.checkpoint.saver import Saver
 from isoflop.checkpoint.state import set_zero_weights
+from isoflop.cpu import describe_cpu
 from isoflop.data.manifest import Manifest, made_from, read_manifest, validation_facts, verify_shards
 from isoflop.data.order import Order, permute, share_of_process
 from isoflop.data.tokenizers import tokenizer_hash
@@ -275,8 +276,10 @@ def describe(job: Job) -> list[str]:
 
 
 def notes(job: Job) -> list[str]:
-    """What the law predicts, and what of the launch or the schedule may surprise."""
+    """What was chosen for a CPU, what the law predicts, and what of the launch or the schedule may surprise."""
     recipe, found = job.recipe, []
+    if job.accelerator.device.type == "cpu":
+        found.append(describe_cpu(bf16=job.accelerator.mixed_precision == "bf16"))
     if job.law and (promised := job.promised()):
         tokens = job.num_steps * recipe.training.tokens_per_step
         beyond = "; ".join(job.law.extrapolates(job.law.size(recipe.model), tokens))

@@ -17,6 +17,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from tqdm import tqdm
 
 from isoflop import cost
+from isoflop.cpu import keep_freed_memory
 from isoflop.errors import UserError
 from isoflop.job import build_training_model
 from isoflop.metrics import peak_memory_bytes
@@ -38,6 +39,8 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     predicted = cost.predicted_memory(recipe.model, training, recipe.optimizer, launch).total
     _require_room(recipe, predicted, device)
     before = peak_memory_bytes(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     micro_s, update_s = _time_steps(recipe, device, launch)
     peak = peak_memory_bytes(device) - before
     tokens_per_s = training.tokens_per_step / (require_whole_steps(recipe.training, num_processes=1) * micro_s + update_s)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from isoflop import cost
 from isoflop.anomaly import find_anomaly, remember
 from isoflop.checkpoint.folder import list_checkpoints
+from isoflop.cpu import keep_freed_memory
 from isoflop.data.order import derived_seed
 from isoflop.distributed import build_accelerator, command_typed, reduce_sum
 from isoflop.errors import UserError
@@ -54,6 +55,8 @@ def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False,
     with StopRequest() as stop:
         manifest = check_data(recipe, every_byte=os.environ.get("LOCAL_RANK", "0") == "0")  # once a node: each may have a copy
         accelerator = build_accelerator(recipe.output)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         try:
             code = carry_out(build_job(recipe, manifest, accelerator, stop), resume, eval_only, dry_run)
         except RuntimeError as error:
