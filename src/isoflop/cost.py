@@ -14,7 +14,8 @@ from isoflop.errors import UserError
 from isoflop.recipe import LARGEST_TRIED, Gpt2Model, HybridModel, LlamaModel, Model, Optimizer, Training
 
 GIB = 2**30
-CHUNK_LOGITS_BYTES = 128 * 2**20  # of `modeling.loss`, which stands alone; a test holds the two equal
+# Of `modeling.loss`, which stands alone; a test holds them equal.
+CHUNK_LOGITS_BYTES, HEAD_GRADIENT_ROWS = 128 * 2**20, 8192
 
 
 class Gpu(NamedTuple):
@@ -371,15 +372,12 @@ def _loss_bytes(model: Model, tokens: int, arithmetic: Arithmetic) -> int:
     # contiguous), the gradient of that; and what the last norm keeps, where a layer has not kept it already.
     per_token = {"autocast": 10, "bf16": 6, "fp32": 12}[arithmetic]
     per_token += 0 if s.post_norm else _KEPT_BY_NORM[s.rms_norm][arithmetic]
-    width = 4 if arithmetic == "fp32" else 2
-    rows = min(tokens, CHUNK_LOGITS_BYTES // (4 * s.vocab_size))
-    logits = rows * s.vocab_size
-    cast = 0 if arithmetic == "fp32" else width  # the chunk's logits, and then their gradient, in the narrow type
-    slope = 4 if isinstance(model, HybridModel) and model.final_logit_softcapping else 0  # of the soft cap, in fp32
-    at_the_end = (4 + slope + cast) * logits + width * s.vocab_size * s.hidden_size  # and the chunk's gradient of the head
-    # The chunk before lives while the next is made.
-    chunk = max(at_the_end, (8 + slope + 2 * cast) * logits if rows < tokens else 0)
-    return tokens * per_token * s.hidden_size + 4 * s.vocab_size * s.hidden_size + chunk
+    logits = min(tokens, CHUNK_LOGITS_BYTES // (4 * s.vocab_size)) * s.vocab_size
+    # A chunk's logits and log-probabilities in fp32, and the slope of a soft cap. Or, where that is more, its gradient in the
+    # narrow type and that of a slice of the head; in fp32 the product is added in place.
+    softmax = (12 if isinstance(model, HybridModel) and model.final_logit_softcapping else 8) * logits
+    product = 0 if arithmetic == "fp32" else 2 * (logits + min(s.vocab_size, HEAD_GRADIENT_ROWS) * s.hidden_size)
+    return tokens * per_token * s.hidden_size + 4 * s.vocab_size * s.hidden_size + max(softmax, product)
 
 
 def largest_micro_batch(model: Model, training: Training, optimizer: Optimizer, launch: Launch, memory_bytes: int) -> int | None:
