@@ -1,3 +1,6 @@
+import mmap
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -70,3 +73,21 @@ def test_reading_is_a_view_of_the_file(tmp_path):
     assert block.dtype == np.uint16
     assert not block.flags.owndata
     assert not block.flags.writeable
+
+
+@pytest.mark.parametrize(("memory_bytes", "advised"), [(10**12, False), (1000, True)])
+def test_nothing_is_read_ahead_where_the_windows_do_not_fit_the_memory(tmp_path, monkeypatch, memory_bytes, advised):
+    writer = ShardWriter(tmp_path, "train", 4, "uint16")
+    writer.add(np.arange(400))
+    writer.cut()
+    given = []
+
+    class Memory(mmap.mmap):
+        def madvise(self, option):
+            given.append(option)
+
+    monkeypatch.setattr(windows_module.mmap, "mmap", Memory)
+    monkeypatch.setattr(windows_module.psutil, "virtual_memory", lambda: SimpleNamespace(total=memory_bytes))
+    windows = Windows(tmp_path, writer.shards, 4)
+    assert given == [mmap.MADV_RANDOM] * advised
+    assert windows.take(np.array([99, 0])).tolist() == [[396, 397, 398, 399], [0, 1, 2, 3]]
