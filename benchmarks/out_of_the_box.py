@@ -7,6 +7,7 @@ processes in turn, the step times that each prints. The first three steps of eac
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import statistics
@@ -44,6 +45,9 @@ def main() -> None:
                 "nanoGPT: train.py": nanogpt(checkout, recipe, given.steps, compiled=True),
                 "nanoGPT: train.py --compile=False": nanogpt(checkout, recipe, given.steps, compiled=False),
                 "isoflop: cpu.yaml": isoflop("cpu", recipe, Path(folder) / f"cpu-{number}", given.overrides),
+                "isoflop: cpu.yaml, glibc as it is": isoflop(
+                    "cpu", recipe, Path(folder) / f"glibc-{number}", given.overrides, {"MALLOC_TOP_PAD_": "131072"}
+                ),
                 "isoflop: cpu_bf16.yaml": isoflop("cpu_bf16", recipe, Path(folder) / f"bf16-{number}", given.overrides),
             }.items():
                 seconds.setdefault(way, []).append(taken[SKIPPED:])
@@ -87,13 +91,18 @@ def nanogpt(checkout: Path, recipe: Recipe, steps: int, compiled: bool) -> list[
     return [float(found) / 1e3 for found in re.findall(r"^iter \d+: .* time ([\d.]+)ms", printed, flags=re.MULTILINE)]
 
 
-def isoflop(config: str, recipe: Recipe, run_dir: Path, overrides: list[str]) -> list[float]:
-    """Seconds of each step, from the metrics that the command writes."""
+def isoflop(
+    config: str, recipe: Recipe, run_dir: Path, overrides: list[str], environment: dict[str, str] | None = None
+) -> list[float]:
+    """Seconds of each step, from the metrics that the command writes.
+
+    glibc's own default, said in the environment, is a setting that `pretrain` leaves alone.
+    """
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet", "--config_file"]
     own = [*overrides, f"training.max_steps={recipe.training.max_steps}", f"output.run_dir={run_dir}"]
     file = Path(recipe.output.run_dir) / "benchmark.yaml"
     command = [*launch, f"accelerate_configs/{config}.yaml", "scripts/pretrain.py", str(file), *own]
-    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    subprocess.run(command, cwd=ROOT, env=os.environ | (environment or {}), capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [recipe.training.tokens_per_step / row["tokens_per_s"] for row in rows]
 
