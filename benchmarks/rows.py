@@ -121,10 +121,10 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """This checkout's, with `+changes` where files other than results differ from it."""
-    git = ["git", "-C", str(ROOT)]
+    """This checkout's, with `+changes` where what is measured, or measures, differs from it."""
+    git, rooms = ["git", "-C", str(ROOT)], ("src", "modeling", "scripts", "recipes", "accelerate_configs", "benchmarks")
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs/performance*"]
+    status = [*git, "status", "--porcelain", "--untracked-files=no", "--", *rooms, ":!benchmarks/results"]
     return head + ("+changes" if subprocess.run(status, capture_output=True, text=True, check=True).stdout else "")
 
 
