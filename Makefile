@@ -53,6 +53,7 @@ pages: setup
 	$(BIN)/python docs/memory.py
 	$(BIN)/python docs/reliability.py
 	$(BIN)/python docs/data.py
+	$(BIN)/python docs/performance.py
 	$(BIN)/python docs/circle.py
 	$(BIN)/python docs/ablation.py
 	$(BIN)/python -m pip install --quiet --no-deps --target build/chinchilla chinchilla==0.2.0 attrdictx ordinal seaborn ruamel.yaml

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from rows import alone, in_turn, memory_of, paired, parser_of, spread, write
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from isoflop.cpu import keep_freed_memory
-from isoflop.modeling.loss import LossHead
+from isoflop.modeling.loss import IGNORED, LossHead
 
 SHAPES = ("4096x2048x2048", "32000x2048x2048", "50304x768x4096", "128256x2048x2048")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -54,7 +55,7 @@ def losses(case: Case) -> dict[str, Callable[[], None]]:
         hidden.grad = weight.grad = None
 
     return {
-        "isoflop": lambda: work(lambda: heads[0](hidden[:, :-1], ids[:, 1:]) / (case.tokens - 1)),
+        "isoflop": lambda: work(lambda: heads[0](hidden, F.pad(ids[:, 1:], (0, 1), value=IGNORED)) / (case.tokens - 1)),
         "transformers": lambda: work(lambda: ForCausalLMLoss(heads[1](hidden), ids, case.vocab_size)),
     }
 

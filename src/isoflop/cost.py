@@ -368,9 +368,9 @@ def _backward_bytes(model: Model, tokens: int, arithmetic: Arithmetic) -> int:
 def _loss_bytes(model: Model, tokens: int, arithmetic: Arithmetic) -> int:
     """From the last norm to the end of the chunked cross-entropy of `modeling.loss`, with its gradients."""
     s = shape_of(model)
-    # The last norm's output, the output of all but each window's last token in the matrix products' type (once sliced, once
-    # contiguous), the gradient of that; and what the last norm keeps, where a layer has not kept it already.
-    per_token = {"autocast": 10, "bf16": 6, "fp32": 12}[arithmetic]
+    # The last norm's output, the same in the matrix products' type where that is another, the gradient of that; and what the last
+    # norm keeps, where a layer has not kept it already.
+    per_token = {"autocast": 8, "bf16": 4, "fp32": 8}[arithmetic]
     per_token += 0 if s.post_norm else _KEPT_BY_NORM[s.rms_norm][arithmetic]
     logits = min(tokens, CHUNK_LOGITS_BYTES // (4 * s.vocab_size)) * s.vocab_size
     # A chunk's logits and log-probabilities in fp32, and the slope of a soft cap. Or, where that is more, its gradient in the
