@@ -1,0 +1,106 @@
+"""What a step may cost beside the model's own work, counted instead of timed: the same on any machine, however busy."""
+
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from conftest import TOY_MODELS
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from isoflop import pretrain
+from isoflop.distributed import build_accelerator
+from isoflop.job import build_job, check_data
+from isoflop.optim import build_optimizer
+from isoflop.resume import Progress
+from isoflop.stop import StopRequest
+
+aten = torch.ops.aten
+ACCUMULATION = 2  # 256 tokens a step, 4 windows of 32 a micro-batch
+
+
+@pytest.fixture(params=TOY_MODELS)
+def job(request, toy_recipe):
+    recipe = toy_recipe(family=request.param)
+    job = build_job(recipe, check_data(recipe, False), build_accelerator(recipe.output), StopRequest())
+    assert job.accumulation == ACCUMULATION
+    pretrain.train_step(job, Progress())  # moments exist from here on
+    return job
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are dispatched, by name; `_local_scalar_dense` is a wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def plain_step(job, optimizer):
+    """The same step with nothing around it."""
+    for ids in job.batch(1):
+        (job.training_model(ids) / ACCUMULATION).backward()
+    nn.utils.clip_grad_norm_(job.training_model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def test_a_step_waits_for_the_device_twice(job):
+    with Operations() as seen:
+        pretrain.train_step(job, Progress(step=1))
+    assert seen.counts[aten._local_scalar_dense] == 2  # the loss, the gradient norm
+
+
+def test_the_loop_adds_operations_on_single_numbers_alone(job):
+    with Operations() as ours:
+        pretrain.train_step(job, Progress(step=1))
+    optimizer = build_optimizer(job.training_model, job.recipe.optimizer, torch.device("cpu"))
+    plain_step(job, optimizer)
+    with Operations() as plain:
+        plain_step(job, optimizer)
+    # Of a micro-batch: its loss into the sum. Of a step: the sum's zero, its copy for the reduction, two numbers for Python.
+    summing = {aten.detach: ACCUMULATION, aten.add_: ACCUMULATION}
+    assert ours.counts - plain.counts == Counter(summing | {aten.zeros: 1, aten.clone: 1, aten._local_scalar_dense: 2})
+
+
+def test_python_around_a_micro_batch_is_short(job):
+    """Calls into Python functions of this library and of Accelerate, in a step and in one with twice the micro-batches."""
+
+    def calls(accumulation):
+        counted = 0
+
+        def count(frame, event, _):
+            nonlocal counted
+            name = frame.f_code.co_filename
+            counted += event == "call" and ("isoflop" in name or "accelerate" in name) and "modeling" not in name
+
+        object.__setattr__(job, "accumulation", accumulation)
+        batch = job.batch(1).repeat(accumulation // ACCUMULATION, 1, 1)
+        object.__setattr__(job, "batch", lambda step: batch)
+        sys.setprofile(count)
+        try:
+            pretrain.train_step(job, Progress(step=1))
+        finally:
+            sys.setprofile(None)
+        del job.__dict__["batch"]
+        return counted
+
+    few, many = calls(ACCUMULATION), calls(2 * ACCUMULATION)
+    assert (many - few) / ACCUMULATION <= 80
+    assert few <= 400
+
+
+def test_the_head_is_multiplied_three_times_and_no_logit_is_computed_twice():
+    """Forward, and a product for either gradient: what plain cross-entropy needs too."""
+    from isoflop.modeling.loss import linear_cross_entropy_sum
+
+    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    with Operations() as seen:
+        linear_cross_entropy_sum(hidden, weight, torch.zeros(64, dtype=torch.long), chunk_rows=16).backward()
+    assert seen.counts[aten.mm] + seen.counts[aten.addmm_] == 3 * 4  # of four chunks
+    assert seen.counts[aten._softmax] == 4
