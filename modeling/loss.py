@@ -16,9 +16,11 @@ from torch.nn import functional as F
 from isoflop.modeling.documents import document_arguments
 
 IGNORED = -100  # target of a row that carries no loss: the convention of torch and transformers
-# Bytes of fp32 logits held at once. Large enough that small vocabularies go through in a few chunks (chunking costs
-# 5-14% there when it is finer), small enough to be nothing beside the activations of the models it serves.
+# Bytes of logits held at once, in the type of the matrix products; their gradient is written over them. Each chunk adds to the
+# gradient of the whole head, so larger ones are faster; this is little beside the activations of the models it serves.
 CHUNK_LOGITS_BYTES = 128 * 2**20
+# Bytes of fp32 logits that go through the softmax at once: few enough to stay in a CPU's cache, and enough to keep a GPU busy.
+SOFTMAX_BYTES = 16 * 2**20
 # Rows of the head whose gradient a narrow product gives at once, before it is added to the fp32 sum: 32 MiB at width 2,048,
 # where that of all 128,256 rows would be 0.5 GB.
 GRADIENT_ROWS = 8192
@@ -42,8 +44,8 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows, goal = hidden[start : start + chunk_rows], targets[start : start + chunk_rows]
-            chunk_loss, grad = _loss_and_gradient(rows @ narrow.T, goal, softcap, need_hidden or need_weight)
-            loss_sum += chunk_loss
+            grad = rows @ narrow.T  # logits, which their gradient is written over
+            loss_sum += _loss_into_gradient(grad, goal, softcap, need_hidden or need_weight)
             kept = (goal != IGNORED).unsqueeze(-1)  # applied where a row has hidden_size columns, not vocab
             if grad_hidden is not None:
                 torch.mm(grad, narrow, out=grad_hidden[start : start + chunk_rows]).mul_(kept)
@@ -65,29 +67,32 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, softcap: float | None, want_gradient: bool) -> tuple[Tensor, Any]:
-    """Loss sum of (rows, vocab) logits, and its gradient by them in their dtype (some of it in rows of `IGNORED` too).
+def _loss_into_gradient(logits: Tensor, targets: Tensor, softcap: float | None, want_gradient: bool) -> Tensor:
+    """Loss sum of (rows, vocab) logits, whose gradient is written over them, some rows at a time."""
+    rows = max(1, SOFTMAX_BYTES // (4 * logits.shape[1]))
+    blocks = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.stack([_rows_into_gradient(*block, softcap, want_gradient) for block in blocks]).sum()
 
-    Softmax in fp32, with one exponential a logit: the largest probability, at least 1 / vocab, gives log Z back without loss.
-    With `softcap` c the logits become c tanh(logits / c), whose slope is 1 - tanh^2.
+
+def _rows_into_gradient(logits: Tensor, targets: Tensor, softcap: float | None, want_gradient: bool) -> Tensor:
+    """The same of a few rows (some gradient is written to rows of `IGNORED` too); softmax in fp32.
+
+    One exponential a logit: the largest probability, at least 1 / vocab, gives log Z back without loss. With `softcap` c the
+    logits become c tanh(logits / c), whose slope is 1 - tanh^2.
     """
-    dtype, slope = logits.dtype, None
-    logits = logits.float()
+    wide, slope = logits.float(), None
     if softcap is not None:
-        logits = logits.div(softcap).tanh_()
-        slope = logits.square().neg_().add_(1) if want_gradient else None
-        logits = logits.mul_(softcap)
-    kept, index = targets != IGNORED, targets.clamp(min=0).unsqueeze(-1)
-    largest, of_target = logits.amax(-1), logits.gather(-1, index).squeeze(-1)
-    probabilities = torch.softmax(logits, dim=-1)
-    del logits
+        wide = wide.div(softcap).tanh_()
+        slope = wide.square().neg_().add_(1)
+        wide = wide.mul_(softcap)
+    index = targets.clamp(min=0).unsqueeze(-1)
+    largest, of_target = wide.amax(-1), wide.gather(-1, index).squeeze(-1)
+    probabilities = torch.softmax(wide, dim=-1)
     log_z = largest - probabilities.amax(-1).log_()
-    loss_sum = torch.where(kept, log_z - of_target, 0.0).sum()
-    if not want_gradient:
-        return loss_sum, None
-    # d loss / d logits = softmax - onehot, written over the probabilities
-    grad = probabilities.scatter_add_(-1, index, torch.full_like(index, -1, dtype=probabilities.dtype))
-    return loss_sum, (grad if slope is None else grad.mul_(slope)).to(dtype)
+    if want_gradient:  # softmax - onehot
+        probabilities.scatter_add_(-1, index, torch.full_like(index, -1, dtype=probabilities.dtype))
+        logits.copy_(probabilities if slope is None else probabilities.mul_(slope))
+    return torch.where(targets != IGNORED, log_z - of_target, 0.0).sum()
 
 
 def _add_product(total: Tensor, grad: Tensor, rows: Tensor) -> None:
@@ -111,7 +116,7 @@ def linear_cross_entropy_sum(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     rows = hidden.reshape(-1, hidden.shape[-1])
-    chunk = chunk_rows or max(1, CHUNK_LOGITS_BYTES // (4 * weight.shape[0]))
+    chunk = chunk_rows or max(1, CHUNK_LOGITS_BYTES // (rows.element_size() * weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):
         loss: Tensor = _ChunkedCrossEntropySum.apply(  # type: ignore[no-untyped-call]
             rows, weight, targets.reshape(-1), chunk, softcap

@@ -162,7 +162,8 @@ def predict(recipe, launch, **training):
 
 
 def test_the_loss_chunk_is_the_one_that_training_uses():
-    assert (cost.CHUNK_LOGITS_BYTES, cost.HEAD_GRADIENT_ROWS) == (loss.CHUNK_LOGITS_BYTES, loss.GRADIENT_ROWS)
+    assert cost.CHUNK_LOGITS_BYTES == loss.CHUNK_LOGITS_BYTES
+    assert (cost.SOFTMAX_BYTES, cost.HEAD_GRADIENT_ROWS) == (loss.SOFTMAX_BYTES, loss.GRADIENT_ROWS)
 
 
 def test_state_bytes_a_parameter_of_each_engine(llama2):

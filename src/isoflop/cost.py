@@ -15,7 +15,7 @@ from isoflop.recipe import LARGEST_TRIED, Gpt2Model, HybridModel, LlamaModel, Mo
 
 GIB = 2**30
 # Of `modeling.loss`, which stands alone; a test holds them equal.
-CHUNK_LOGITS_BYTES, HEAD_GRADIENT_ROWS = 128 * 2**20, 8192
+CHUNK_LOGITS_BYTES, SOFTMAX_BYTES, HEAD_GRADIENT_ROWS = 128 * 2**20, 16 * 2**20, 8192
 
 
 class Gpu(NamedTuple):
@@ -372,12 +372,18 @@ def _loss_bytes(model: Model, tokens: int, arithmetic: Arithmetic) -> int:
     # norm keeps, where a layer has not kept it already.
     per_token = {"autocast": 8, "bf16": 4, "fp32": 8}[arithmetic]
     per_token += 0 if s.post_norm else _KEPT_BY_NORM[s.rms_norm][arithmetic]
-    logits = min(tokens, CHUNK_LOGITS_BYTES // (4 * s.vocab_size)) * s.vocab_size
-    # A chunk's logits and log-probabilities in fp32, and the slope of a soft cap. Or, where that is more, its gradient in the
-    # narrow type and that of a slice of the head; in fp32 the product is added in place.
-    softmax = (12 if isinstance(model, HybridModel) and model.final_logit_softcapping else 8) * logits
-    product = 0 if arithmetic == "fp32" else 2 * (logits + min(s.vocab_size, HEAD_GRADIENT_ROWS) * s.hidden_size)
-    return tokens * per_token * s.hidden_size + 4 * s.vocab_size * s.hidden_size + max(softmax, product)
+    width, capped = 4 if arithmetic == "fp32" else 2, isinstance(model, HybridModel) and model.final_logit_softcapping
+    rows = min(tokens, CHUNK_LOGITS_BYTES // (width * s.vocab_size))
+    # A chunk's logits; beside them some rows' logits and probabilities in fp32, and the slope of a soft cap. Or, if more, the
+    # chunk's hidden states once more and, in the narrow type, the gradient of a slice of the head; fp32 adds in place.
+    softmax = (3 if capped else 1 if width == 4 else 2) * min(4 * rows * s.vocab_size, SOFTMAX_BYTES)
+    of_head = 0 if width == 4 else 2 * min(s.vocab_size, HEAD_GRADIENT_ROWS)
+    product = (width * rows + of_head) * s.hidden_size
+    chunk = width * rows * s.vocab_size + max(softmax, product)
+    cast = (
+        2 * s.vocab_size * s.hidden_size if arithmetic == "bf16" else 0
+    )  # the head's gradient, at the end, to its weight's type
+    return tokens * per_token * s.hidden_size + 4 * s.vocab_size * s.hidden_size + max(chunk, cast)
 
 
 def largest_micro_batch(model: Model, training: Training, optimizer: Optimizer, launch: Launch, memory_bytes: int) -> int | None:
