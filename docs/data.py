@@ -1,7 +1,8 @@
 """Regenerates docs/data.md and docs/data.png: python docs/data.py [--megabytes 100] [--rounds 3] (from the checkout's root).
 
 Text to windows on disk, each way in a process of its own on the same documents, round by round; then memory, then loading.
-Takes some minutes on two cores, and 1 GB of the temporary folder (TMPDIR). Wants tiktoken (`pip install -e .[dev]`).
+Takes some minutes on two cores, and 1 GB of the temporary folder (TMPDIR). Wants tiktoken (`pip install -e .[dev]`); litdata and
+datatrove are measured where they can be imported (`pip install --target build/peers litdata datatrove`, PYTHONPATH=build/peers).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import awkward as ak
+import data_peers
 import gigatoken
 import matplotlib.figure
 import numpy as np
@@ -35,6 +37,7 @@ import pyarrow.parquet as pq
 import tiktoken
 import tokenizers
 import torch
+from data_peers import datatrove, litdata  # noqa: F401 (named in WAYS)
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch.utils.data import DataLoader
@@ -60,6 +63,11 @@ Job = dict[str, Any]  # files, format, tokenizer, out
 WAYS = (
     ("nanoGPT's prepare.py", "nanogpt", "slice", "json", "flat uint16 file", "#8a8a8a"),
     ("transformers' run_clm.py", "run_clm", "slice", "json", "Arrow lists: ids, masks, labels", "#8a8a8a"),
+    *(
+        (way, way.split(":")[0], "slice", "json", leaves, "#8a8a8a")
+        for way, leaves in (("litdata: optimize", "chunks"), ("datatrove: DocumentTokenizer", "flat uint16 files"))
+        if way.split(":")[0] not in data_peers.MISSING
+    ),
     ("isoflop", "isoflop", "slice", "json", "windows", "#1f4e8c"),
     ("nanoGPT's prepare.py", "nanogpt", "whole", "json", "flat uint16 file", "#8a8a8a"),
     ("transformers' run_clm.py", "run_clm", "whole", "json", "Arrow lists: ids, masks, labels", "#8a8a8a"),
@@ -90,7 +98,9 @@ and gigatoken gave the same ids on {{sample}} documents.
 - MB is UTF-8 of the documents. Each run is a process of its own with empty caches, timed without its imports from before it
   opens the files until all is written; the command's row is the wall time of everything. Files are in the page cache.
 - The peers are written after their sources: nanoGPT maps `tiktoken.encode_ordinary` and writes a `np.memmap`; run_clm maps
-  `tokenizer`, then `group_texts`. The first {{small}} alone show what starting costs each: compare equal sizes.
+  `tokenizer`, then `group_texts`; litdata's `optimize` puts the ids of `tokenizers` into chunks for its `TokensLoader`;
+  datatrove's `DocumentTokenizer` writes files of ids.{{missing}} The first {{small}} alone show what starting costs each: compare
+  equal sizes.
 - isoflop also reads its tokenizer, compares gigatoken with tokenizers, checks UTF-8, hashes what it reads and writes, and syncs;
   the peers' tokenizer is read before. It makes {{as_many}} tokens as nanoGPT's way. gigatoken alone writes nothing.
 
@@ -294,7 +304,11 @@ def tokens_per_s(make: Callable[[int], torch.Tensor]) -> float:
 
 def run(arguments: list[str], job: Job, sampled: bool = False) -> tuple[str, float, int]:
     """Run Python: what it printed, its seconds and, if sampled, the most memory that it and its children held, bytes."""
-    caches = {"HF_DATASETS_CACHE": job["out"] + "-cache", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
+    caches = {
+        "HF_DATASETS_CACHE": job["out"] + "-cache",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     environment = os.environ | caches | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(PROCESSES)}
     log, start, peak = Path(job["out"] + "-log"), time.perf_counter(), 0
     with log.open("w", encoding="utf-8") as output:
@@ -419,6 +433,7 @@ def page(bench: Bench, asked: float, rounds: int) -> str:
         as_many="as many" if all(made["nanogpt", text] == made["isoflop", text] for text in sizes) else "NOT as many",
         memory=table(f"text, MB | MiB, --workers=1 | MiB, --workers={PROCESSES}", held),
         batches=table("way | M tokens/s | share of a step", loaded),
+        missing=f" Not there to be measured: {', '.join(data_peers.MISSING)}." if data_peers.MISSING else "",
         versions=", ".join(f"{name} {version(name).split('+')[0]}" for name in libraries),
     )
 

@@ -70,7 +70,7 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
 def _loss_into_gradient(logits: Tensor, targets: Tensor, softcap: float | None, want_gradient: bool) -> Tensor:
     """Loss sum of (rows, vocab) logits, whose gradient is written over them, some rows at a time."""
     rows = max(1, SOFTMAX_BYTES // (4 * logits.shape[1]))
-    blocks = zip(logits.split(rows), targets.split(rows), strict=True)
+    blocks = zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
     return torch.stack([_rows_into_gradient(*block, softcap, want_gradient) for block in blocks]).sum()
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 
@@ -125,6 +126,7 @@ def test_the_data_page_is_made_anew(tmp_path):
     script = (DOCS / "data.py").read_text(encoding="utf-8")
     script = script.replace("HERE = Path(__file__).parent", f"HERE = Path({str(tmp_path)!r})")
     (tmp_path / "data.py").write_text(script, encoding="utf-8")
+    shutil.copy(DOCS / "data_peers.py", tmp_path)
     command = [sys.executable, tmp_path / "data.py", "--megabytes", "20", "--rounds", "1"]
     subprocess.run(command, cwd=ROOT, check=True)
     assert (tmp_path / "data.md").read_text(encoding="utf-8").count("\n| ") > 15
