@@ -42,8 +42,9 @@ machine wanders.
 The same model, tokens, order, precision, threads, allocator (memory kept), no dropout; each way is a process of its own that
 does a step at its turn. `isoflop` is the real loop: batches from disk, Accelerate, signals, anomalies, metrics to file and
 screen. `bare` is the same model and loss with nothing around; `transformers` has the stock loss, `trainer` is transformers'
-Trainer; `nanogpt` and `litgpt` are their models in the bare loop. Equal last losses show equal work (the last two start from
-weights of their own). MiB: what the process grew by from before the model. Where no peak is known the share is of what a
+Trainer; `nanogpt` and `litgpt` are their models in the bare loop. Equal last losses show equal work, but for three: `nanogpt` and
+`litgpt` start from weights of their own, and the Trainer divides GPT-2's loss by 256 labels a window where 255 are predicted
+(its LLaMA's by 255). MiB: what the process grew by from before the model. Where no peak is known the share is of what a
 2,048-wide matrix product reaches there, by the FLOP count of `isoflop.cost`.
 
 {steps}
