@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib.figure
 import matplotlib.lines
+import matplotlib.ticker
 
 from isoflop import cost
 from isoflop.recipe_file import load_recipe
@@ -319,9 +320,12 @@ def draw(file: Path) -> None:
         right.plot([row["size"] / first["size"] for row in rows], seconds, "o-", label=axis)
     limits = [1, max(row["size"] / grown[axis][0]["size"] for axis in AXES for row in grown[axis])]
     right.plot(limits, limits, "--", color="#777777", linewidth=1, label="linear")
-    right.set(
-        xscale="log", yscale="log", xlabel="size / the smallest", ylabel="time / the smallest's", title="How a micro-batch grows"
-    )
+    right.set(xscale="log", yscale="log", xlabel="size / the smallest", ylabel="time / the smallest's",
+              title="How a micro-batch grows")  # fmt: skip
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_locator(matplotlib.ticker.LogLocator(base=2))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(matplotlib.ticker.NullLocator())
     for axes in (left, right):
         axes.grid(alpha=0.3)
     right.legend()
