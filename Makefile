@@ -52,7 +52,7 @@ pages: setup
 	$(BIN)/python docs/reproductions.py
 	$(BIN)/python docs/memory.py
 	$(BIN)/python docs/reliability.py
-	$(BIN)/python -m pip install --quiet --target build/peers --no-deps litdata==0.2.76 datatrove==0.10.1 lightning-utilities loguru obstore tifffile humanize boto3 botocore s3transfer jmespath
+	$(BIN)/python -m pip install --quiet --target build/peers --no-deps -r docs/peers.txt
 	PYTHONPATH=build/peers $(BIN)/python docs/data.py
 	$(BIN)/python docs/performance.py
 	$(BIN)/python docs/circle.py

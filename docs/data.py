@@ -2,7 +2,7 @@
 
 Text to windows on disk, each way in a process of its own on the same documents, round by round; then memory, then loading.
 Takes some minutes on two cores, and 1 GB of the temporary folder (TMPDIR). Wants tiktoken (`pip install -e .[dev]`); litdata and
-datatrove are measured where they can be imported (`pip install --target build/peers litdata datatrove`, PYTHONPATH=build/peers).
+datatrove are measured where they can be imported (`pip install --target build/peers --no-deps -r docs/peers.txt`, PYTHONPATH=build/peers).
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ The most that the command and its children held at once: resident, shared pages 
 
 {BATCH} windows of {WINDOW} as one int64 tensor, from the same text in each way's own format, in the page cache, by one process.
 isoflop and datasets read the keyed order, which is counted; nanoGPT reads anywhere, and makes targets; run_clm shuffles, and
-brings a mask and labels. A step's share: the time of a batch over the time that a node at {NODE_TOKENS_PER_S / 1e6:.0f}M tokens/s
+brings a mask and labels; litdata shuffles chunks and what is in each, datatrove all windows. A step's share: the time of a batch over the time that a node at {NODE_TOKENS_PER_S / 1e6:.0f}M tokens/s
 trains on it, if one core made all its batches and nothing overlapped.
 
 {{batches}}
@@ -281,6 +281,7 @@ def loading(job: Job) -> tuple[float, dict[str, float]]:
         'datasets: `with_format("numpy")[indices]`': lambda batch: torch.from_numpy(arrow[indices(batch)]["input_ids"]),
         "nanoGPT: `get_batch`": get_batch,
         "run_clm: `DataLoader`, `default_data_collator`": lambda _: next(collated)["input_ids"],
+        **data_peers.loaders(ids, job["out"], BATCH),
     }
     return 0.0, {label: tokens_per_s(make) for label, make in ways.items()}
 
@@ -421,7 +422,8 @@ def page(bench: Bench, asked: float, rounds: int) -> str:
         [label, spread(found), f"{NODE_TOKENS_PER_S / 1e6 / statistics.median(found):.2%}"] for label, found in rates.items()
     ]
     made = {way[1:3]: number for way, number in zip(WAYS, tokens, strict=True)}
-    libraries = ("datasets", "transformers", "tokenizers", "tiktoken", "gigatoken", "pyarrow", "numpy", "torch")
+    libraries = ["datasets", "transformers", "tokenizers", "tiktoken", "gigatoken", "pyarrow", "numpy", "torch"]
+    libraries += [name for name in data_peers.PACKAGES if name not in data_peers.MISSING]
     return PAGE.format(
         command=f"python docs/data.py --megabytes {asked:.0f} --rounds {rounds}",
         machine=f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory",

@@ -1,21 +1,24 @@
 """Ways of docs/data.py that need packages of their own, which are no dependencies: measured where they can be imported.
 
-`pip install --target build/peers litdata datatrove`, then PYTHONPATH=build/peers.
+`pip install --target build/peers --no-deps -r docs/peers.txt`, then PYTHONPATH=build/peers.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch.utils.data import DataLoader
 
 PROCESSES, WINDOW = 2, 1024  # docs/data.py's
 END_OF_TEXT = "<|endoftext|>"
@@ -59,3 +62,30 @@ def datatrove(job: dict[str, Any]) -> tuple[float, int]:
     reader = JsonlReader(str(Path(job["files"][0]).parent), glob_pattern="*.json")
     LocalPipelineExecutor([reader, tokenizer], PROCESSES, PROCESSES, logging_dir=f"{job['out']}-logs").run()
     return start, sum(file.stat().st_size for file in Path(job["out"]).glob("*.ds")) // 2  # uint16 for this vocabulary
+
+
+def loaders(windows: np.ndarray, out: str, batch: int) -> dict[str, Callable[[int], torch.Tensor]]:
+    """Batches of these windows, (count, WINDOW), by the loader of each package from its own format, by one process."""
+    ways: dict[str, Callable[[int], torch.Tensor]] = {}
+    if "litdata" not in MISSING:
+        from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
+
+        blocks = TokensLoader(block_size=WINDOW)
+        os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = f"{out}-litdata-cache"
+        optimize(
+            fn=torch.from_numpy, inputs=list(windows.astype(np.int32)), output_dir=f"{out}-litdata", chunk_bytes="64MB",
+            item_loader=blocks, num_workers=1, verbose=False,
+        )  # fmt: skip
+        chunks = StreamingDataset(f"{out}-litdata", item_loader=blocks, shuffle=True, drop_last=True)
+        streamed = itertools.chain.from_iterable(itertools.repeat(StreamingDataLoader(chunks, batch_size=batch)))
+        ways["litdata: `StreamingDataLoader`, shuffled"] = lambda _: next(streamed).long()
+    if "datatrove" not in MISSING:
+        from datatrove.utils.dataset import DatatroveFolderDataset  # type: ignore[import-not-found]
+
+        folder = Path(f"{out}-datatrove")
+        folder.mkdir()
+        windows.astype(np.uint16).tofile(folder / "00000_unshuffled.ds")
+        files = DatatroveFolderDataset(str(folder), seq_len=WINDOW - 1, shuffle=True)  # it reads one id more, the last target
+        read = itertools.chain.from_iterable(itertools.repeat(DataLoader(files, batch, shuffle=True, drop_last=True)))
+        ways["datatrove: `DatatroveFolderDataset`, shuffled"] = lambda _: next(read)["input_ids"]
+    return ways
