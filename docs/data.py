@@ -2,7 +2,8 @@
 
 Text to windows on disk, each way in a process of its own on the same documents, round by round; then memory, then loading.
 Takes some minutes on two cores, and 1 GB of the temporary folder (TMPDIR). Wants tiktoken (`pip install -e .[dev]`); litdata and
-datatrove are measured where they can be imported (`pip install --target build/peers --no-deps -r docs/peers.txt`, PYTHONPATH=build/peers).
+datatrove are measured where they can be imported: `pip install --target build/peers --no-deps -r docs/peers.txt`, and
+PYTHONPATH=build/peers.
 """
 
 from __future__ import annotations
@@ -114,8 +115,9 @@ The most that the command and its children held at once: resident, shared pages 
 
 {BATCH} windows of {WINDOW} as one int64 tensor, from the same text in each way's own format, in the page cache, by one process.
 isoflop and datasets read the keyed order, which is counted; nanoGPT reads anywhere, and makes targets; run_clm shuffles, and
-brings a mask and labels; litdata shuffles chunks and what is in each, datatrove all windows. A step's share: the time of a batch over the time that a node at {NODE_TOKENS_PER_S / 1e6:.0f}M tokens/s
-trains on it, if one core made all its batches and nothing overlapped.
+brings a mask and labels; litdata shuffles chunks and what is in each, datatrove all windows. A step's share: the time of a
+batch over the time that a node at {NODE_TOKENS_PER_S / 1e6:.0f}M tokens/s trains on it, if one core made all its batches and nothing
+overlapped.
 
 {{batches}}
 
