@@ -116,8 +116,8 @@ The most that the command and its children held at once: resident, shared pages 
 {BATCH} windows of {WINDOW} as one int64 tensor, from the same text in each way's own format, in the page cache, by one process.
 isoflop and datasets read the keyed order, which is counted; nanoGPT reads anywhere, and makes targets; run_clm shuffles, and
 brings a mask and labels; litdata shuffles chunks and what is in each, datatrove all windows. A step's share: the time of a
-batch over the time that a node at {NODE_TOKENS_PER_S / 1e6:.0f}M tokens/s trains on it, if one core made all its batches and nothing
-overlapped.
+batch over the time that a node at {NODE_TOKENS_PER_S / 1e6:.0f}M tokens/s trains on it, if one core made all its batches and
+nothing overlapped.
 
 {{batches}}
 
