@@ -22,7 +22,7 @@ import torch
 from rows import alone, paired, parser_of, recipe_of, spread, write
 from ways import Case, available, take_turns
 
-from isoflop import cost
+from isoflop import cost, hardware
 from isoflop.prepare.command import prepare
 
 WARMUP = 3  # steps that are not counted: allocation, moments, kernels
@@ -55,7 +55,7 @@ def row_of(
     training, model = case.recipe.training, case.recipe.model
     rates = spread([training.tokens_per_step / one for one in seconds[way]])
     flops = rates[0] * cost.flops_per_token(model, training.sequence_length)
-    peak = cost.peak_bf16_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    peak = hardware.peak_bf16_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     sizes = {"parameters": cost.parameters(model), "micro_batch_size": training.micro_batch_size}
     return {"case": name, "way": way, **sizes, "tokens_per_step": training.tokens_per_step, "tokens_per_s": rates} | {
         "step_s": spread(seconds[way]), "time_of_bare": paired(seconds[way], seconds["bare"]), "rounds": len(seconds[way]),

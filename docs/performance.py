@@ -15,7 +15,7 @@ import matplotlib.figure
 import matplotlib.lines
 import matplotlib.ticker
 
-from isoflop import cost
+from isoflop import cost, hardware
 from isoflop.recipe_file import load_recipe
 from isoflop.tables import markdown
 
@@ -278,7 +278,7 @@ def many_nodes() -> str:
     for name in ("llama2_1.36b", "llama3_2.2b"):
         recipe = load_recipe(HERE.parent / f"recipes/{name}.yaml")
         length, n = recipe.training.sequence_length, cost.parameters(recipe.model)
-        row = cost.mfu_row("h100", n)
+        row = hardware.mfu_row("h100", n)
         windows = PLAN_TOKENS_PER_STEP // length // gpus
         training = recipe.training.model_copy(update={"tokens_per_step": PLAN_TOKENS_PER_STEP, "micro_batch_size": windows})
         launch = cost.Launch("hsdp", "fsdp2", gpus, True, GPUS_A_NODE)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isoflop import cost
+from isoflop import cost, hardware
 from isoflop.families import family
 from isoflop.recipe import Recipe
 from isoflop.recipe_file import load_recipe
@@ -180,7 +180,7 @@ def kaplan() -> Iterator[str]:
 def contradictions() -> Iterator[str]:
     """Figures that cannot all be true, each with its arithmetic."""
     r = recipes()
-    a6000, h20, rtx5090 = (cost.GPUS[name].peak_bf16_flops for name in ("a6000", "h20", "rtx5090"))
+    a6000, h20, rtx5090 = (hardware.GPUS[name].peak_bf16_flops for name in ("a6000", "h20", "rtx5090"))
     n = {name: cost.parameters(recipe.model) for name, recipe in r.items()}
     layer = {k: v // 18 for k, v in cost.parameters_by_class(r["llama2_1.36b"].model).items()}
     llama2 = r["llama2_1.36b"]

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from conftest import ROOT
@@ -8,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from isoflop import cost
-from isoflop.errors import UserError
+from isoflop import cost, hardware
 from isoflop.modeling import loss
 from isoflop.modeling.build import build_config, build_model
 from isoflop.recipe import Gpt2Model, HybridModel, LlamaModel, Optimizer, Training
@@ -121,19 +118,6 @@ def test_classes_add_up_as_published():
     assert sum(classes.values()) == 1_294_159_104
 
 
-@pytest.mark.parametrize(
-    ("device", "peak"),
-    [
-        ("NVIDIA H200", 989e12), ("NVIDIA H20", 148e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA RTX A6000", 154.85e12), ("NVIDIA GeForce RTX 5090", 209.5e12),
-        ("NVIDIA B200", 2250e12), ("NVIDIA GeForce RTX 4090", 165.2e12),
-        ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H100 NVL", None), ("Tesla T4", None),
-    ],
-)  # fmt: skip
-def test_peaks_are_the_datasheets_and_unknown_hardware_has_none(device, peak):
-    assert cost.peak_bf16_flops(device) == peak
-
-
 def test_checkpoint_bytes_follow_the_moments():
     shape = LlamaModel(
         model_type="llama", vocab_size=10, max_position_embeddings=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
@@ -209,13 +193,14 @@ def test_with_one_micro_batch_a_step_gradients_come_as_activations_go(llama2):
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits(llama2):
-    launch, memory = LAUNCHES["single"], cost.GPUS["a6000"].memory_bytes
+    launch, memory = LAUNCHES["single"], hardware.GPUS["a6000"].memory_bytes
     largest = cost.largest_micro_batch(llama2.model, llama2.training, llama2.optimizer, launch, memory)
     assert largest == 4
-    assert predict(llama2, launch, micro_batch_size=4).total <= cost.usable_bytes(memory)
-    assert predict(llama2, launch, micro_batch_size=8).total > cost.usable_bytes(memory)
+    assert predict(llama2, launch, micro_batch_size=4).total <= hardware.usable_bytes(memory)
+    assert predict(llama2, launch, micro_batch_size=8).total > hardware.usable_bytes(memory)
     assert (
-        cost.largest_micro_batch(llama2.model, llama2.training, llama2.optimizer, launch, cost.GPUS["rtx4090"].memory_bytes) == 0
+        cost.largest_micro_batch(llama2.model, llama2.training, llama2.optimizer, launch, hardware.GPUS["rtx4090"].memory_bytes)
+        == 0
     )
 
 
@@ -223,27 +208,3 @@ def test_the_memory_that_was_measured_on_a6000s_is_the_predicted_one():
     """40.86 GB a GPU, reported for the 2.2B under ZeRO-1 on two GPUs at micro-batch 2."""
     recipe = load_recipe(ROOT / "recipes/llama3_2.2b.yaml", ["training.micro_batch_size=2"])
     assert predict(recipe, LAUNCHES["zero1"]).total == pytest.approx(40.86e9, rel=0.05)
-
-
-def test_a_gpu_by_its_short_name():
-    assert cost.GPUS["a6000"].peak_bf16_flops == 154.85e12
-    assert cost.GPUS["h20"].memory_bytes == 96 * 2**30
-    assert [cost.gpu_name(name) for name in ("H100", "NVIDIA RTX A6000", "rtx5090")] == ["h100", "a6000", "rtx5090"]
-    with pytest.raises(
-        UserError, match=r"--gpu a600: not a known GPU; did you mean a6000\? known are a6000, a100,.*--peak-tflops"
-    ):
-        cost.gpu_name("a600")
-
-
-def test_mfu_lies_between_the_measured_rows_or_says_that_it_is_an_assumption():
-    assert cost.mfu_row("a100", 1316e6).mfu == 0.5986
-    assert cost.mfu_row("a100", 100e6).mfu == 0.4479  # below the smallest row: that one's
-    assert cost.mfu_row("a6000", 9e9).source.endswith("llama3_2.2b at micro-batch 2, 2,224M parameters")
-    assert cost.mfu_row("h100", math.sqrt(760e6 * 1316e6)).mfu == pytest.approx((0.3490 + 0.4182) / 2)
-    assert cost.mfu_row("h100", 1e9).source.startswith("between 34.9% at 760M and 41.8% at 1,316M parameters: llm-foundry")
-    assert cost.mfu_row("rtx5090", 1e9).source.startswith("assumption: not measured")
-    assert all(row.gpu in cost.GPUS and 0 < row.mfu < 1 for row in cost.MFU_ROWS)
-
-
-def test_hours_are_flops_over_mfu_peak_and_gpus():
-    assert cost.train_hours(3.6e18, peak_flops=1e15, num_gpus=2, mfu=0.5) == pytest.approx(1.0)

@@ -134,7 +134,7 @@ def test_commands_of_the_laws_are_there(copy):
 
 
 def test_the_table_of_recipes_is_right():
-    from isoflop import cost
+    from isoflop import cost, hardware
     from isoflop.plan.launches import read_launch
 
     rows = re.findall(
@@ -148,11 +148,11 @@ def test_the_table_of_recipes_is_right():
         total = recipe.training.num_steps(0) * recipe.training.tokens_per_step / {"M": 1e6, "B": 1e9}[unit]
         assert f"{total:.1f}" == tokens
         needed = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, cost.Launch("1gpu", "single")).total
-        fitting = [gpu.memory_bytes for gpu in cost.GPUS.values() if needed <= cost.usable_bytes(gpu.memory_bytes)]
+        fitting = [gpu.memory_bytes for gpu in hardware.GPUS.values() if needed <= hardware.usable_bytes(gpu.memory_bytes)]
         assert min(fitting) // 2**30 == int(memory_gb), name
         launch = read_launch(ROOT / f"accelerate_configs/{config}.yaml")
         needed = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, launch).total
-        assert needed <= cost.usable_bytes(cost.GPUS["a6000"].memory_bytes), name
+        assert needed <= hardware.usable_bytes(hardware.GPUS["a6000"].memory_bytes), name
 
 
 def test_pages_and_files_that_are_named_exist():

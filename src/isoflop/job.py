@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedModel
 
-from isoflop import cost
+from isoflop import cost, hardware
 from isoflop.checkpoint.folder import list_checkpoints
 from isoflop.checkpoint.saver import Saver
 from isoflop.checkpoint.state import set_zero_weights
@@ -125,7 +125,7 @@ class Job:
         """Share of the datasheet FLOP/s of all devices that a rate makes use of; None where the hardware is not known."""
         if self.accelerator.device.type != "cuda":
             return None
-        peak = cost.peak_bf16_flops(torch.cuda.get_device_name(self.accelerator.device))
+        peak = hardware.peak_bf16_flops(torch.cuda.get_device_name(self.accelerator.device))
         flops_per_token = cost.flops_per_token(self.recipe.model, self.recipe.training.sequence_length)
         return peak and tokens_per_s * flops_per_token / (peak * self.accelerator.num_processes)
 

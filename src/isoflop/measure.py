@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from tqdm import tqdm
 
-from isoflop import cost
+from isoflop import cost, hardware
 from isoflop.cpu import keep_freed_memory
 from isoflop.errors import UserError
 from isoflop.job import build_training_model
@@ -46,7 +46,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     tokens_per_s = training.tokens_per_step / (require_whole_steps(recipe.training, num_processes=1) * micro_s + update_s)
     flops_per_s = tokens_per_s * cost.flops_per_token(recipe.model, training.sequence_length)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    hardware_peak = cost.peak_bf16_flops(name)
+    hardware_peak = hardware.peak_bf16_flops(name)
     return {
         "device": name,
         "arithmetic": launch.arithmetic,

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from isoflop import cost
+from isoflop import cost, hardware
 from isoflop.errors import UserError
 from isoflop.plan.command import main
 from isoflop.recipe import require_whole_steps
@@ -107,7 +107,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(plan):
     found = plan("recipes/llama3_1.5b.yaml")
     for launch, kinds in found["largest_micro_batch"].items():
         for kind, micro in kinds.items():
-            room = cost.usable_bytes(cost.GPUS[kind].memory_bytes)
+            room = hardware.usable_bytes(hardware.GPUS[kind].memory_bytes)
             windows = 256 // int(launch.split("gpu")[0])
             sizes = [m for m in range(1, windows + 1) if windows % m == 0]
             memory = {
@@ -167,7 +167,7 @@ def test_hardware_whose_mfu_is_not_known_has_no_hours(plan, text):
 def test_the_best_shape_takes_the_hours_of_the_budget_whatever_its_mfu(plan, days, law):
     found = plan("--gpus", 8, "--gpu", "a6000", "--days", days, "--law", law)
     assert found["gpu_hours"]["a6000"] == pytest.approx(8 * days * 24)
-    row = cost.mfu_row("a6000", found["best"]["parameters"])
+    row = hardware.mfu_row("a6000", found["best"]["parameters"])
     assert (found["budget"]["mfu"], found["budget"]["mfu_source"]) == (row.mfu, row.source)
 
 
@@ -184,7 +184,7 @@ def test_a_search_says_what_repeating_its_familys_data_costs(plan, tmp_path):
 def test_a_micro_batch_that_does_not_fit_is_made_smaller(plan, tmp_path):
     found = plan("--gpus", 1, "--gpu", "rtx5090", "--days", 20, "--write", tmp_path / "w.yaml")
     recipe = load_recipe(tmp_path / "w.yaml")
-    launch, memory = cost.Launch("1gpu", "single"), cost.GPUS["rtx5090"].memory_bytes
+    launch, memory = cost.Launch("1gpu", "single"), hardware.GPUS["rtx5090"].memory_bytes
     assert (
         cost.largest_micro_batch(recipe.model, recipe.training, recipe.optimizer, launch, memory)
         == recipe.training.micro_batch_size
@@ -202,7 +202,7 @@ def test_what_is_written_divides_by_the_gpus(plan, arguments, num_gpus, tmp_path
     assert require_whole_steps(recipe.training, num_gpus) >= 1
     launch = cost.Launch("x", "ddp" if num_gpus > 1 else "single", num_gpus)
     predicted = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, launch).total
-    assert predicted <= cost.usable_bytes(cost.GPUS["h200"].memory_bytes)
+    assert predicted <= hardware.usable_bytes(hardware.GPUS["h200"].memory_bytes)
 
 
 def test_a_model_that_no_card_holds_is_written_with_the_word(plan, text, tmp_path):

@@ -7,7 +7,7 @@ import json
 import shlex
 from typing import Any
 
-from isoflop import cost
+from isoflop import cost, hardware
 from isoflop.errors import UserError, nearest
 from isoflop.families import PUBLISHED_MODELS, Family, at_sequence_length, family
 from isoflop.plan import text
@@ -69,7 +69,7 @@ def _as_measured(kinds: list[Machine], measured: dict[str, Any], described: bool
     elif measured["mfu"] is None:
         return kinds
     else:
-        mfu, name = measured["mfu"], cost.gpu_name(measured["device"])
+        mfu, name = measured["mfu"], hardware.gpu_name(measured["device"])
     others = [kind for kind in kinds if kind.name != name]
     this = next((kind for kind in kinds if kind.name == name), None) or machines(name, None, None)[0]
     return [this._replace(mfu=mfu, mfu_source="measured just now on this machine, one device"), *others]
@@ -160,7 +160,7 @@ def _spending(options: argparse.Namespace) -> float | GpuTime:
     if options.flops is not None:
         return float(options.flops)
     if options.gpu is None and options.peak_tflops is None:
-        raise UserError(f"--{given[0]} needs --gpu, one of {', '.join(cost.GPUS)}, or --peak-tflops")
+        raise UserError(f"--{given[0]} needs --gpu, one of {', '.join(hardware.GPUS)}, or --peak-tflops")
     machine, num_gpus = _machines(options)[0], options.gpus or 1
     if options.days is not None:
         return GpuTime(machine, num_gpus, 24 * options.days * num_gpus)

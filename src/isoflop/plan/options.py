@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from isoflop import cost
+from isoflop import hardware
 from isoflop.errors import UserError
 from isoflop.families import FAMILIES
 from isoflop.scaling.laws import DEFAULT_LAW, PUBLISHED
@@ -49,7 +49,7 @@ def parser(description: str) -> Parser:
     budget = p.add_argument_group("a budget: --flops, or --gpus --gpu --days, or --dollars --gpu --price")
     budget.add_argument("--flops", type=float, help="training FLOPs")
     budget.add_argument("--gpus", type=int, help="number of GPUs (1 for a budget, 2 for the tables of a recipe)")
-    budget.add_argument("--gpu", help=f"kind of GPU: {', '.join(cost.GPUS)}")
+    budget.add_argument("--gpu", help=f"kind of GPU: {', '.join(hardware.GPUS)}")
     budget.add_argument("--days", type=float)
     budget.add_argument("--dollars", type=float)
     budget.add_argument("--price", type=float, help="dollars of one GPU for an hour")

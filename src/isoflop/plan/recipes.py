@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from isoflop import cost
+from isoflop import cost, hardware
 from isoflop.data.manifest import FILE_NAME, read_manifest
 from isoflop.errors import UserError
 from isoflop.plan.launches import config_of, is_gpu, known_launches
@@ -42,28 +42,28 @@ class Machine(NamedTuple):
         """MFU and where it comes from; none for hardware that is not known."""
         if self.mfu is not None:
             return self.mfu, self.mfu_source
-        if self.name not in cost.GPUS:
+        if self.name not in hardware.GPUS:
             return None, "n/a: not known for this hardware; give --mfu, or add --measure there"
-        row = cost.mfu_row(self.name, parameters)
+        row = hardware.mfu_row(self.name, parameters)
         return row.mfu, row.source
 
     def hours(self, flops: float, parameters: float, num_gpus: int = 1) -> float | None:
         """Hours of a run, None where the MFU is not known."""
         mfu, _ = self.mfu_for(parameters)
-        return mfu and cost.train_hours(flops, self.peak_flops_per_s, num_gpus, mfu)
+        return mfu and hardware.train_hours(flops, self.peak_flops_per_s, num_gpus, mfu)
 
 
 def machines(name: str | None, peak_tflops: float | None, mfu: float | None) -> list[Machine]:
     """The GPU that the user named, or described by its peak; the usual ones where neither."""
     if peak_tflops is not None:
-        if name in cost.GPUS:
-            peak = cost.GPUS[name].peak_bf16_flops / 1e12
+        if name in hardware.GPUS:
+            peak = hardware.GPUS[name].peak_bf16_flops / 1e12
             raise UserError(
                 f"--peak-tflops {peak_tflops:g}: {name} is known with {peak:g}; leave it out, or give --gpu another name"
             )
         return [Machine(name or "this GPU", peak_tflops * 1e12, None, mfu)]
-    names = [cost.gpu_name(name)] if name is not None else SHOWN_GPUS
-    return [Machine(kind, cost.GPUS[kind].peak_bf16_flops, cost.GPUS[kind].memory_bytes, mfu) for kind in names]
+    names = [hardware.gpu_name(name)] if name is not None else SHOWN_GPUS
+    return [Machine(kind, hardware.GPUS[kind].peak_bf16_flops, hardware.GPUS[kind].memory_bytes, mfu) for kind in names]
 
 
 def plan_recipe(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from isoflop import cost
+from isoflop import hardware
 from isoflop.plan.recipes import COMPUTE_OPTIMAL
 from isoflop.search import NEAR_20N, NEAR_OPTIMAL_NATS
 from isoflop.tables import table
 
-GIB = cost.GIB
+GIB = hardware.GIB
 
 
 def gib(count: float) -> str:
