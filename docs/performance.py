@@ -151,11 +151,9 @@ def by_case(rows: list[Row]) -> dict[str, list[Row]]:
     return cases
 
 
-def told(values: list[float], unit: float = 1.0, digits: int = 3) -> str:
-    """Median (least to most)."""
-    median, low, high = (
-        f"{value / unit:,.{digits}g}" if abs(value / unit) < 1000 else f"{value / unit:,.0f}" for value in values
-    )
+def told(values: list[float], unit: float = 1.0) -> str:
+    """Median (least to most), of three digits at least."""
+    median, low, high = (f"{value:,.3g}" if abs(value) < 999.5 else f"{value:,.0f}" for value in (each / unit for each in values))
     return f"{median} ({low} to {high})"
 
 
