@@ -60,23 +60,27 @@ BATCHES_A_STEP = 64  # 524,288 tokens
 LOADING_S = 0.5  # that each measurement of loading takes
 NODE_TOKENS_PER_S = 1e6  # a fast node's training
 Job = dict[str, Any]  # files, format, tokenizer, out
-# What is measured: label, a function's name or `command`, text, format, what it leaves, color.
+PEER, OURS, START, ALONE = "#8a8a8a", "#1f4e8c", "#7aa6d6", "#d1a14b"
+# What is measured on both texts: label, a function's name, what it leaves, color.
+SIDE_BY_SIDE = (
+    ("nanoGPT's prepare.py", "nanogpt", "flat uint16 file", PEER),
+    ("transformers' run_clm.py", "run_clm", "Arrow lists: ids, masks, labels", PEER),
+    ("litdata: optimize", "litdata", "chunks", PEER),
+    ("datatrove: DocumentTokenizer", "datatrove", "flat uint16 files", PEER),
+    ("isoflop", "isoflop", "windows", OURS),
+)
+# All: label, a function's name or `command`, text, format, what it leaves, color.
 WAYS = (
-    ("nanoGPT's prepare.py", "nanogpt", "slice", "json", "flat uint16 file", "#8a8a8a"),
-    ("transformers' run_clm.py", "run_clm", "slice", "json", "Arrow lists: ids, masks, labels", "#8a8a8a"),
     *(
-        (way, way.split(":")[0], "slice", "json", leaves, "#8a8a8a")
-        for way, leaves in (("litdata: optimize", "chunks"), ("datatrove: DocumentTokenizer", "flat uint16 files"))
-        if way.split(":")[0] not in data_peers.MISSING
+        (label, name, text, "json", leaves, color)
+        for text in ("slice", "whole")
+        for label, name, leaves, color in SIDE_BY_SIDE
+        if name not in data_peers.MISSING
     ),
-    ("isoflop", "isoflop", "slice", "json", "windows", "#1f4e8c"),
-    ("nanoGPT's prepare.py", "nanogpt", "whole", "json", "flat uint16 file", "#8a8a8a"),
-    ("transformers' run_clm.py", "run_clm", "whole", "json", "Arrow lists: ids, masks, labels", "#8a8a8a"),
-    ("isoflop", "isoflop", "whole", "json", "windows", "#1f4e8c"),
-    ("isoflop, from Parquet", "isoflop", "whole", "parquet", "windows", "#1f4e8c"),
-    ("isoflop, the command with its imports", "command", "whole", "json", "windows", "#7aa6d6"),
-    ("gigatoken alone, from JSON lines", "gigatoken_alone", "whole", "json", "nothing", "#d1a14b"),
-    ("gigatoken alone, from memory", "gigatoken_alone", "whole", "parquet", "nothing", "#d1a14b"),
+    ("isoflop, from Parquet", "isoflop", "whole", "parquet", "windows", OURS),
+    ("isoflop, the command with its imports", "command", "whole", "json", "windows", START),
+    ("gigatoken alone, from JSON lines", "gigatoken_alone", "whole", "json", "nothing", ALONE),
+    ("gigatoken alone, from memory", "gigatoken_alone", "whole", "parquet", "nothing", ALONE),
 )
 PAGE = f"""# Data: text to windows, windows to batches
 
