@@ -108,6 +108,8 @@ and gigatoken gave the same ids on {{sample}} documents.
   equal sizes.
 - isoflop also reads its tokenizer, compares gigatoken with tokenizers, checks UTF-8, hashes what it reads and writes, and syncs;
   the peers' tokenizer is read before. It makes {{as_many}} tokens as nanoGPT's way. gigatoken alone writes nothing.
+- Where a document has `<|endoftext|>` in its letters, `Tokenizer.encode` takes it for the special token, and the document ends
+  there: hence litdata's and datatrove's fewer tokens. isoflop and nanoGPT keep the letters.
 
 ## Memory of prepare
 
