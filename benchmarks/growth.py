@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -144,7 +145,7 @@ def prepare_rows(megabytes: int) -> list[dict[str, Any]]:
     """The command on corpora each four times the one before: 32 MB of this Python's sources, numbered copies beyond that."""
     rows = []
     texts = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
-    sizes = [size for size in (32, 128, 512, 2048, 8192) if size <= megabytes] or [megabytes]
+    sizes = [size for size in (32, 128, 512, 2048, 8192, 32768) if size <= megabytes] or [megabytes]
     with tempfile.TemporaryDirectory() as folder:
         text, made = Path(folder) / "text", 0
         text.mkdir()
@@ -155,6 +156,7 @@ def prepare_rows(megabytes: int) -> list[dict[str, Any]]:
             out = Path(folder) / f"windows-{size}"
             seconds, peak = run_prepare(text, out)
             windows = sum(file.stat().st_size for file in out.glob("*.arrow"))
+            shutil.rmtree(out)
             row = {"case": "prepare", "way": f"{made / 1e6:.0f} MB", "size": made, "seconds": [seconds] * 3, "peak_bytes": peak}
             rows.append(row | {"bytes_written": windows})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

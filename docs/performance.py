@@ -101,7 +101,8 @@ load for them.
 
 {grown}
 
-`prepare`, the whole command with its start and its tokenizer, memory of all its processes together:
+`prepare`, the whole command with its start, memory of all its processes together. The tokenizer learns from the first 256 MiB,
+which is most of the time of the smaller ones; each GiB of files is given a process, of which there are two here:
 
 {prepared}
 
