@@ -35,31 +35,25 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tiktoken
 import tokenizers
 import torch
-from data_peers import datatrove, litdata  # noqa: F401 (named in WAYS)
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
-from tiktoken_ext.openai_public import r50k_pat_str
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, default_data_collator
+from data_peers import PROCESSES, WINDOW, Job, datatrove, litdata, nanogpt, run_clm, tiktoken_encoding  # noqa: F401 (named in WAYS)
+from datasets import Dataset, concatenate_datasets
 
 from isoflop.data.manifest import read_manifest
 from isoflop.data.order import Order
-from isoflop.data.tokenizers import END_OF_TEXT, train_tokenizer
+from isoflop.data.tokenizers import train_tokenizer
 from isoflop.data.windows import Windows
 from isoflop.prepare.command import prepare
 from isoflop.recipe_file import load_recipe
 
 HERE = Path(__file__).parent
-PROCESSES = 2
 FILES = 8  # of each format
 SLICE_BYTES, TOKENIZER_BYTES = 10_000_000, 16_000_000
-VOCABULARY, WINDOW, BATCH = 32_000, 1024, 8
+VOCABULARY, BATCH = 32_000, 8
 BATCHES_A_STEP = 64  # 524,288 tokens
 LOADING_S = 0.5  # that each measurement of loading takes
 NODE_TOKENS_PER_S = 1e6  # a fast node's training
-Job = dict[str, Any]  # files, format, tokenizer, out
 PEER, OURS, START, ALONE = "#8a8a8a", "#1f4e8c", "#7aa6d6", "#d1a14b"
 # What is measured on both texts: label, a function's name, what it leaves, color.
 SIDE_BY_SIDE = (
@@ -183,55 +177,7 @@ def train(documents: list[str], folder: Path) -> int:
     return len(sample)
 
 
-def tiktoken_encoding(folder: str | Path) -> tiktoken.Encoding:
-    """The same vocabulary for tiktoken: the bytes of each entry, ranked by its id."""
-    ranks = {entry: number for number, entry in gigatoken.Tokenizer(f"{folder}/tokenizer.json").vocab.items()}
-    special = {END_OF_TEXT: ranks.pop(END_OF_TEXT.encode())}
-    return tiktoken.Encoding("same", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
-
-
 # Each of these returns when it began and what it made, here tokens.
-
-
-def nanogpt(job: Job) -> tuple[float, int]:
-    """As data/openwebtext/prepare.py does, in batches of as many documents as its 1,024 batches of OpenWebText hold."""
-    encoding = tiktoken_encoding(job["tokenizer"])
-    start = time.perf_counter()
-
-    def encode(row: dict[str, str]) -> dict[str, Any]:
-        ids = encoding.encode_ordinary(row["text"])
-        ids.append(encoding.eot_token)
-        return {"ids": ids, "len": len(ids)}
-
-    rows = load_dataset("json", data_files=job["files"], split="train", num_proc=PROCESSES)
-    splits = rows.train_test_split(test_size=0.005, seed=0, shuffle=True)
-    written = 0
-    for name, split in splits.map(encode, remove_columns=["text"], num_proc=PROCESSES).items():
-        ids = np.memmap(f"{job['out']}-{name}.bin", dtype=np.uint16, mode="w+", shape=(sum(split["len"]),))
-        batches, at = max(1, len(split) // 8000), 0
-        for number in range(batches):
-            batch = np.concatenate(split.shard(batches, number, contiguous=True).with_format("numpy")[:]["ids"])
-            ids[at : at + len(batch)] = batch
-            at += len(batch)
-        ids.flush()
-        written += at
-    return start, written
-
-
-def run_clm(job: Job) -> tuple[float, int]:
-    """As examples/pytorch/language-modeling/run_clm.py does; it puts nothing between documents."""
-
-    def group(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        joined = {name: list(itertools.chain(*lists)) for name, lists in rows.items()}
-        whole = len(joined["input_ids"]) // WINDOW * WINDOW
-        cut = {name: [ids[i : i + WINDOW] for i in range(0, whole, WINDOW)] for name, ids in joined.items()}
-        return cut | {"labels": cut["input_ids"].copy()}
-
-    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
-    start = time.perf_counter()
-    rows = load_dataset("json", data_files=job["files"], split="train")
-    rows = rows.map(lambda batch: tokenizer(batch["text"]), batched=True, num_proc=PROCESSES, remove_columns=["text"])
-    return start, len(rows.map(group, batched=True, num_proc=PROCESSES)) * WINDOW
 
 
 def gigatoken_alone(job: Job) -> tuple[float, int]:
@@ -269,37 +215,18 @@ def loading(job: Job) -> tuple[float, dict[str, float]]:
     windows = Windows(job["prepared"], shards, WINDOW)
     order, now = Order.of([len(windows)], [1.0], seed=0), np.empty((BATCHES_A_STEP, BATCH), dtype=np.int64)
     arrow = concatenate_datasets([Dataset.from_file(f"{job['prepared']}/{shard.name}") for shard in shards]).with_format("numpy")
-    ids = windows.take(np.arange(len(windows)))
-    ids.astype(np.uint16).tofile(job["out"])
 
     def indices(batch: int) -> np.ndarray:
         if batch % BATCHES_A_STEP == 0:  # as training does: at once for all batches of a step
             now[:] = order.of_step(batch // BATCHES_A_STEP, BATCHES_A_STEP * BATCH).reshape(now.shape)
         return now[batch % BATCHES_A_STEP]
 
-    def get_batch(_: int) -> torch.Tensor:
-        data = np.memmap(job["out"], dtype=np.uint16, mode="r")
-        starts = torch.randint(len(data) - WINDOW, (BATCH,))
-        torch.stack([torch.from_numpy(data[i + 1 : i + 1 + WINDOW].astype(np.int64)) for i in starts])  # its targets
-        return torch.stack([torch.from_numpy(data[i : i + WINDOW].astype(np.int64)) for i in starts])
-
-    collated = itertools.chain.from_iterable(itertools.repeat(run_clm_loader(ids)))
     ways: dict[str, Callable[[int], torch.Tensor]] = {
         "isoflop: `Windows.take`": lambda batch: torch.from_numpy(windows.take(indices(batch))),
         'datasets: `with_format("numpy")[indices]`': lambda batch: torch.from_numpy(arrow[indices(batch)]["input_ids"]),
-        "nanoGPT: `get_batch`": get_batch,
-        "run_clm: `DataLoader`, `default_data_collator`": lambda _: next(collated)["input_ids"],
-        **data_peers.loaders(ids, job["out"], BATCH),
+        **data_peers.loaders(windows.take(np.arange(len(windows))), job["out"], BATCH),
     }
     return 0.0, {label: tokens_per_s(make) for label, make in ways.items()}
-
-
-def run_clm_loader(ids: np.ndarray) -> DataLoader[Any]:
-    """Over a dataset with the columns and types that run_clm's has."""
-    types = {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8")), "labels": List(Value("int64"))}
-    columns = {"input_ids": list(ids), "attention_mask": list(np.ones_like(ids)), "labels": list(ids)}
-    rows = Dataset.from_dict(columns, Features(types))
-    return DataLoader(rows, BATCH, shuffle=True, drop_last=True, collate_fn=default_data_collator)
 
 
 def tokens_per_s(make: Callable[[int], torch.Tensor]) -> float:
