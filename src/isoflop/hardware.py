@@ -21,21 +21,43 @@ class Gpu(NamedTuple):
     """Dense bf16 tensor throughput with fp32 accumulation, FLOP/s; datasheets that print the sparse figure are halved."""
     memory_bytes: int
     """The advertised GB as GiB; what the driver keeps of it is within the reserve of `usable_bytes`."""
+    memory_bytes_per_s: float
+    """Bandwidth of its HBM or GDDR, bytes/s."""
+    link_bytes_per_s: float
+    """To the other GPUs of its node, one direction, bytes/s: NVLink where the card has it built in, else PCIe x16."""
     source: str
 
 
+PCIE4, PCIE5 = 32e9, 64e9  # x16, one direction, as datasheets round it: half of the 64 and 128 GB/s they print
+NVLINK3, NVLINK4, NVLINK5 = 300e9, 450e9, 900e9  # half of the bidirectional 600, 900 and 1,800 GB/s of the datasheets
+
 GPUS = {
-    "a6000": Gpu(r"\bRTX A6000\b", 154.85e12, 48 * GIB, "NVIDIA RTX A6000 datasheet: 309.7 TFLOPS with sparsity"),
-    "a100": Gpu(r"\bA100\b.*80GB", 312e12, 80 * GIB, "NVIDIA A100 datasheet, 80 GB"),
-    "a100-40gb": Gpu(r"\bA100\b", 312e12, 40 * GIB, "NVIDIA A100 datasheet, 40 GB"),
-    "h20": Gpu(r"\bH20\b", 148e12, 96 * GIB, "NVIDIA H20 datasheet"),
-    "h100": Gpu(r"\bH100\b(?! (PCIe|NVL))", 989e12, 80 * GIB, "NVIDIA H100 datasheet, SXM: 1,979 TFLOPS with sparsity"),
-    "h100-pcie": Gpu(r"\bH100 PCIe\b", 756e12, 80 * GIB, "NVIDIA H100 datasheet, PCIe: 1,513 TFLOPS with sparsity"),
-    "h200": Gpu(r"\bH200\b(?! NVL)", 989e12, 141 * GIB, "NVIDIA H200 datasheet, SXM: 1,979 TFLOPS with sparsity"),
-    "b200": Gpu(r"\bB200\b", 2250e12, 180 * GIB, "NVIDIA DGX B200 datasheet: 36 PFLOPS of 8 with sparsity, 1,440 GB of 8"),
-    "rtx4090": Gpu(r"\bRTX 4090\b(?! (D|Laptop))", 165.2e12, 24 * GIB, "NVIDIA Ada architecture whitepaper, appendix A"),
+    "a6000": Gpu(r"\bRTX A6000\b", 154.85e12, 48 * GIB, 768e9, PCIE4, "NVIDIA RTX A6000 datasheet: 309.7 TFLOPS with sparsity"),
+    "a100": Gpu(r"\bA100\b.*80GB", 312e12, 80 * GIB, 2039e9, NVLINK3, "NVIDIA A100 datasheet, 80 GB"),
+    "a100-40gb": Gpu(r"\bA100\b", 312e12, 40 * GIB, 1555e9, NVLINK3, "NVIDIA A100 datasheet, 40 GB"),
+    "h20": Gpu(r"\bH20\b", 148e12, 96 * GIB, 4.0e12, NVLINK4, "NVIDIA H20 datasheet"),
+    "h100": Gpu(
+        r"\bH100\b(?! (PCIe|NVL))", 989e12, 80 * GIB, 3.35e12, NVLINK4, "NVIDIA H100 datasheet, SXM: 1,979 TFLOPS with sparsity"
+    ),
+    "h100-pcie": Gpu(
+        r"\bH100 PCIe\b", 756e12, 80 * GIB, 2.0e12, PCIE5, "NVIDIA H100 datasheet, PCIe: 1,513 TFLOPS with sparsity"
+    ),
+    "h200": Gpu(
+        r"\bH200\b(?! NVL)", 989e12, 141 * GIB, 4.8e12, NVLINK4, "NVIDIA H200 datasheet, SXM: 1,979 TFLOPS with sparsity"
+    ),
+    "b200": Gpu(
+        r"\bB200\b", 2250e12, 180 * GIB, 8.0e12, NVLINK5, "NVIDIA DGX B200 datasheet: 36 PFLOPS of 8 with sparsity, 1,440 GB of 8"
+    ),
+    "rtx4090": Gpu(
+        r"\bRTX 4090\b(?! (D|Laptop))", 165.2e12, 24 * GIB, 1008e9, PCIE4, "NVIDIA Ada architecture whitepaper, appendix A"
+    ),
     "rtx5090": Gpu(
-        r"\bRTX 5090\b(?! (D|Laptop))", 209.5e12, 32 * GIB, "NVIDIA RTX Blackwell architecture whitepaper, appendix A"
+        r"\bRTX 5090\b(?! (D|Laptop))",
+        209.5e12,
+        32 * GIB,
+        1792e9,
+        PCIE5,
+        "NVIDIA RTX Blackwell architecture whitepaper, appendix A",
     ),
 }
 
