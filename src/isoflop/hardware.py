@@ -1,4 +1,4 @@
-"""What hardware can give: peak FLOP/s, memory, and the MFU that was measured on it. No torch, no network."""
+"""GPUs by the driver's name: peak FLOP/s, memory, bandwidths, and measured or assumed MFU. No torch, no network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Gpu(NamedTuple):
     """One kind of GPU, from its vendor's datasheet."""
 
     device: str
-    """Pattern of the name that the driver gives it. Variants with other clocks (NVL, D, Laptop) are not these cards."""
+    """Pattern of the whole name that the driver reports, less "NVIDIA" and "GeForce". Variants with other clocks, memory or
+    slices (Ti, D, Laptop, MIG, vGPU) report longer names and match nothing."""
     peak_bf16_flops: float
     """Dense bf16 tensor throughput with fp32 accumulation, FLOP/s; datasheets that print the sparse figure are halved."""
     memory_bytes: int
@@ -24,42 +25,91 @@ class Gpu(NamedTuple):
     memory_bytes_per_s: float
     """Bandwidth of its HBM or GDDR, bytes/s."""
     link_bytes_per_s: float
-    """To the other GPUs of its node, one direction, bytes/s: NVLink where the card has it built in, else PCIe x16."""
+    """To the other GPUs of its node, one direction, bytes/s: NVLink where the card is sold for it, else PCIe x16."""
+    relative: str | None
+    """The measured GPU whose MFU is scaled to this one; None for a measured GPU.
+
+    Of one architecture and memory where there is one. Ada and RTX Blackwell follow the A100: its rows are a tuned trainer's,
+    the A6000's are not (L40S would be 18% by the A6000, 35% by the A100). The L4 follows the A6000, since 72 W carry less than
+    its peak. With these relatives no GPU is predicted to be slower than one of lower peak and bandwidth.
+    """
     source: str
 
 
 PCIE4, PCIE5 = 32e9, 64e9  # x16, one direction, as datasheets round it: half of the 64 and 128 GB/s they print
 NVLINK3, NVLINK4, NVLINK5 = 300e9, 450e9, 900e9  # half of the bidirectional 600, 900 and 1,800 GB/s of the datasheets
+NVLINK_EXPORT = 200e9  # A800, H800: half of 400 GB/s
+H100_NVL_BRIDGE = 300e9  # half of 600 GB/s, between the two cards of a pair
 
+# Device names are those of NVIDIA's list of supported GPUs (README of open-gpu-kernel-modules) and, for Blackwell and the GH200
+# of 144 GB, of what torch.cuda.get_device_name printed in public reports.
 GPUS = {
-    "a6000": Gpu(r"\bRTX A6000\b", 154.85e12, 48 * GIB, 768e9, PCIE4, "NVIDIA RTX A6000 datasheet: 309.7 TFLOPS with sparsity"),
-    "a100": Gpu(r"\bA100\b.*80GB", 312e12, 80 * GIB, 2039e9, NVLINK3, "NVIDIA A100 datasheet, 80 GB"),
-    "a100-40gb": Gpu(r"\bA100\b", 312e12, 40 * GIB, 1555e9, NVLINK3, "NVIDIA A100 datasheet, 40 GB"),
-    "h20": Gpu(r"\bH20\b", 148e12, 96 * GIB, 4.0e12, NVLINK4, "NVIDIA H20 datasheet"),
+    # Ampere
+    "a6000": Gpu("RTX A6000", 154.85e12, 48 * GIB, 768e9, PCIE4, None, "NVIDIA RTX A6000 datasheet: 309.7 TFLOPS with sparsity"),
+    "rtx3090": Gpu("RTX 3090", 71e12, 24 * GIB, 936e9, PCIE4, "a6000", "NVIDIA GA102 whitepaper, appendix A: fp32 accumulate"),
+    "a10": Gpu("A10", 125e12, 24 * GIB, 600e9, PCIE4, "a6000", "NVIDIA A10 datasheet: 250 TFLOPS with sparsity"),
+    "a10g": Gpu("A10G", 70e12, 24 * GIB, 600e9, PCIE4, "a6000", "NVIDIA A10G datasheet: 140 TFLOPS with sparsity"),
+    "a100": Gpu("A100-SXM4-80GB", 312e12, 80 * GIB, 2039e9, NVLINK3, None, "NVIDIA A100 datasheet, SXM 80 GB"),
+    "a100-pcie": Gpu("A[18]00 80GB PCIe", 312e12, 80 * GIB, 1935e9, PCIE4, "a100", "NVIDIA A100, A800 datasheets, PCIe 80 GB"),
+    "a100-40gb": Gpu("A100-SXM4-40GB", 312e12, 40 * GIB, 1555e9, NVLINK3, None, "NVIDIA A100 datasheet, SXM 40 GB"),
+    "a100-40gb-pcie": Gpu("A100-PCIE-40GB", 312e12, 40 * GIB, 1555e9, PCIE4, "a100-40gb", "NVIDIA A100 datasheet, PCIe 40 GB"),
+    "a800": Gpu("A800-SXM4-80GB", 312e12, 80 * GIB, 2039e9, NVLINK_EXPORT, "a100", "NVIDIA A800 datasheet, SXM 80 GB"),
+    # Ada
+    "rtx4090": Gpu("RTX 4090", 165.2e12, 24 * GIB, 1008e9, PCIE4, "a100", "NVIDIA Ada whitepaper, appendix A: fp32 accumulate"),
+    "rtx6000-ada": Gpu(
+        "RTX 6000 Ada Generation", 364.25e12, 48 * GIB, 960e9, PCIE4, "a100",
+        "NVIDIA RTX 6000 Ada datasheet: 1,457 TFLOPS of fp8 with sparsity, a fourth of it",
+    ),
+    "l40s": Gpu("L40S", 362.05e12, 48 * GIB, 864e9, PCIE4, "a100", "NVIDIA L40S datasheet: 362.05 TFLOPS, 733 with sparsity"),
+    "l4": Gpu("L4", 121e12, 24 * GIB, 300e9, PCIE4, "a6000", "NVIDIA L4 datasheet: 242 TFLOPS with sparsity"),
+    # Hopper
+    "h20": Gpu("H20", 148e12, 96 * GIB, 4.0e12, NVLINK4, "h100", "NVIDIA H20 datasheet"),
     "h100": Gpu(
-        r"\bH100\b(?! (PCIe|NVL))", 989e12, 80 * GIB, 3.35e12, NVLINK4, "NVIDIA H100 datasheet, SXM: 1,979 TFLOPS with sparsity"
+        "H100 80GB HBM3", 989e12, 80 * GIB, 3.35e12, NVLINK4, None, "NVIDIA H100 datasheet, SXM: 1,979 TFLOPS with sparsity"
     ),
     "h100-pcie": Gpu(
-        r"\bH100 PCIe\b", 756e12, 80 * GIB, 2.0e12, PCIE5, "NVIDIA H100 datasheet, PCIe: 1,513 TFLOPS with sparsity"
+        "H[18]00 PCIe", 756e12, 80 * GIB, 2.0e12, PCIE5, "h100", "NVIDIA H100, H800 datasheets, PCIe: 1,513 TFLOPS with sparsity"
     ),
-    "h200": Gpu(
-        r"\bH200\b(?! NVL)", 989e12, 141 * GIB, 4.8e12, NVLINK4, "NVIDIA H200 datasheet, SXM: 1,979 TFLOPS with sparsity"
+    "h100-nvl": Gpu(
+        "H100 NVL", 835.5e12, 94 * GIB, 3.9e12, H100_NVL_BRIDGE, "h100", "NVIDIA H100 datasheet, NVL: 1,671 TFLOPS with sparsity"
+    ),
+    "h800": Gpu(
+        "H800", 989e12, 80 * GIB, 3.35e12, NVLINK_EXPORT, "h100", "NVIDIA H800 datasheet, SXM: 1,979 TFLOPS with sparsity"
+    ),
+    "h200": Gpu("H200", 989e12, 141 * GIB, 4.8e12, NVLINK4, "h100", "NVIDIA H200 datasheet, SXM: 1,979 TFLOPS with sparsity"),
+    "h200-nvl": Gpu(
+        "H200 NVL", 835.5e12, 141 * GIB, 4.8e12, NVLINK4, "h100", "NVIDIA H200 datasheet, NVL: 1,671 TFLOPS with sparsity"
+    ),
+    "gh200": Gpu(
+        "GH200 (480|120)GB", 989e12, 96 * GIB, 4.0e12, NVLINK4, "h100", "NVIDIA GH200 datasheet: 1,979 TFLOPS with sparsity"
+    ),
+    "gh200-144gb": Gpu(
+        "GH200 144G HBM3e", 989e12, 144 * GIB, 4.9e12, NVLINK4, "h100", "NVIDIA GH200 datasheet: 1,979 TFLOPS with sparsity"
+    ),
+    # Blackwell
+    "rtx5090": Gpu(
+        "RTX 5090", 209.5e12, 32 * GIB, 1792e9, PCIE5, "a100", "NVIDIA RTX Blackwell whitepaper, appendix A: fp32 accumulate"
+    ),
+    "rtx-pro-6000": Gpu(
+        "RTX PRO 6000 Blackwell Workstation Edition", 503.8e12, 96 * GIB, 1792e9, PCIE5, "a100",
+        "NVIDIA RTX Blackwell PRO whitepaper 1.1, table 4",
+    ),
+    "rtx-pro-6000-max-q": Gpu(
+        "RTX PRO 6000 Blackwell Max-Q Workstation Edition", 438.9e12, 96 * GIB, 1792e9, PCIE5, "a100",
+        "NVIDIA RTX Blackwell PRO whitepaper 1.1, table 4",
+    ),
+    "rtx-pro-6000-server": Gpu(
+        "RTX PRO 6000 Blackwell Server Edition", 480e12, 96 * GIB, 1597e9, PCIE5, "a100",
+        "NVIDIA RTX PRO 6000 Server Edition datasheet: 120 TFLOPS of fp32, times 4 as in the other two editions",
     ),
     "b200": Gpu(
-        r"\bB200\b", 2250e12, 180 * GIB, 8.0e12, NVLINK5, "NVIDIA DGX B200 datasheet: 36 PFLOPS of 8 with sparsity, 1,440 GB of 8"
+        "B200", 2250e12, 180 * GIB, 8.0e12, NVLINK5, "h100",
+        "NVIDIA DGX B200 datasheet: 36 PFLOPS of 8 with sparsity, 1,440 GB and 64 TB/s of 8",
     ),
-    "rtx4090": Gpu(
-        r"\bRTX 4090\b(?! (D|Laptop))", 165.2e12, 24 * GIB, 1008e9, PCIE4, "NVIDIA Ada architecture whitepaper, appendix A"
+    "gb200": Gpu(
+        "GB200", 2500e12, 186 * GIB, 8.0e12, NVLINK5, "h100", "NVIDIA GB200 NVL72 datasheet: 5 PFLOPS a GPU with sparsity"
     ),
-    "rtx5090": Gpu(
-        r"\bRTX 5090\b(?! (D|Laptop))",
-        209.5e12,
-        32 * GIB,
-        1792e9,
-        PCIE5,
-        "NVIDIA RTX Blackwell architecture whitepaper, appendix A",
-    ),
-}
+}  # fmt: skip
 
 
 def gpu_name(described: str) -> str:
@@ -75,7 +125,8 @@ def gpu_name(described: str) -> str:
 
 
 def _name_of_device(device_name: str) -> str | None:
-    return next((name for name, kind in GPUS.items() if re.search(kind.device, device_name, re.IGNORECASE)), None)
+    model = re.sub(r"^(NVIDIA )?(GeForce )?", "", device_name.strip(), flags=re.IGNORECASE)
+    return next((name for name, gpu in GPUS.items() if re.fullmatch(gpu.device, model, re.IGNORECASE)), None)
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
@@ -101,12 +152,14 @@ class MfuRow(NamedTuple):
 
 _FOUNDRY = "llm-foundry 4952183, scripts/train/benchmarking/sweep.sh, seq 2048, {}"
 _REPORTED = "reported by users of these recipes without commit or command, 2x A6000, ZeRO-1, {}"
+_LLAMA2 = "llama2_1.36b at 10-13k tokens/s, taken as 11.5k (gpt2_1.36b: 41.3%)"
 MFU_ROWS = (
     MfuRow("a100", 125e6, 0.4479, _FOUNDRY.format("8x A100 80GB")),
     MfuRow("a100", 356e6, 0.5162, _FOUNDRY.format("8x A100 80GB")),
     MfuRow("a100", 760e6, 0.5685, _FOUNDRY.format("8x A100 80GB")),
     MfuRow("a100", 1316e6, 0.5986, _FOUNDRY.format("8x A100 80GB")),
     MfuRow("a100", 2652e6, 0.6211, _FOUNDRY.format("8x A100 80GB")),
+    MfuRow("a100-40gb", 125e6, 0.4275, _FOUNDRY.format("8x A100 40GB, pure bf16")),
     MfuRow("a100-40gb", 356e6, 0.4917, _FOUNDRY.format("8x A100 40GB, pure bf16")),
     MfuRow("a100-40gb", 760e6, 0.5289, _FOUNDRY.format("8x A100 40GB, pure bf16")),
     MfuRow("a100-40gb", 1316e6, 0.5623, _FOUNDRY.format("8x A100 40GB, pure bf16")),
@@ -114,21 +167,38 @@ MFU_ROWS = (
     MfuRow("h100", 760e6, 0.3490, _FOUNDRY.format("8x H100 80GB")),
     MfuRow("h100", 1316e6, 0.4182, _FOUNDRY.format("8x H100 80GB")),
     MfuRow("h100", 2652e6, 0.4373, _FOUNDRY.format("16x H100 80GB")),
-    MfuRow("a6000", 1294e6, 0.364, _REPORTED.format("llama2_1.36b at 12-15k tokens/s, taken as 13.5k")),
+    MfuRow("a6000", 1294e6, 0.3097, _REPORTED.format(_LLAMA2)),
+    MfuRow("a6000", 1405e6, 0.4130, _REPORTED.format("gpt2_1.36b at 12-15k tokens/s, taken as 13.5k")),
     MfuRow("a6000", 2224e6, 0.245, _REPORTED.format("llama3_2.2b at micro-batch 2")),
 )
-ASSUMED_MFU = 0.35  # assumption, for known hardware without a row: the low end of what is reported for 1B models in bf16
+SAME_SIZE = 1.1  # rows nearer in size than this differ by architecture, not by size: a curve through both would be a spike
+HIGHEST_MFU = max(row.mfu for row in MFU_ROWS)
 
 
 def mfu_row(name: str, parameters: float) -> MfuRow:
-    """MFU of a GPU at a model size, between its measured rows by log size, at the ends the last one's.
+    """Return the MFU of a GPU at a model size, and where it comes from.
 
-    An assumption, which says so, where none was measured.
+    Of a measured GPU: between its rows by log size, beyond them the outermost row's. Of another one: its relative's, scaled
+    (`_scaled`), and the source says that this is an assumption.
+    """
+    rows, relative = _measured_rows(name), GPUS[name].relative
+    return _between(rows, parameters) if rows or relative is None else _scaled(name, mfu_row(relative, parameters))
+
+
+def _measured_rows(name: str) -> list[MfuRow]:
+    """Rows of a GPU by size; of rows at about one size only the slowest, so that no plan is shorter than what was reported.
+
+    On the A6000 these are LLaMA 2 and GPT-2 at 1.3B; all recipes but GPT-2's have LLaMA's layers.
     """
     rows = sorted((row for row in MFU_ROWS if row.gpu == name), key=lambda row: row.parameters)
-    if not rows:
-        source = "assumption: not measured on this hardware; give --mfu, or add --measure there"
-        return MfuRow(name, parameters, ASSUMED_MFU, source)
+    return [
+        row
+        for row in rows
+        if not any(other.mfu < row.mfu and 1 / SAME_SIZE < other.parameters / row.parameters < SAME_SIZE for other in rows)
+    ]
+
+
+def _between(rows: list[MfuRow], parameters: float) -> MfuRow:
     below = max((row for row in rows if row.parameters <= parameters), key=lambda row: row.parameters, default=rows[0])
     above = min((row for row in rows if row.parameters >= parameters), key=lambda row: row.parameters, default=rows[-1])
     if below is above:
@@ -136,7 +206,29 @@ def mfu_row(name: str, parameters: float) -> MfuRow:
     share = math.log(parameters / below.parameters) / math.log(above.parameters / below.parameters)
     sizes = f"{below.mfu:.1%} at {below.parameters / 1e6:,.0f}M and {above.mfu:.1%} at {above.parameters / 1e6:,.0f}M parameters"
     source = below.source if below.source == above.source else f"{below.source}; {above.source}"
-    return MfuRow(name, parameters, below.mfu + share * (above.mfu - below.mfu), f"between {sizes}: {source}")
+    return MfuRow(below.gpu, parameters, below.mfu + share * (above.mfu - below.mfu), f"between {sizes}: {source}")
+
+
+def _scaled(name: str, measured: MfuRow) -> MfuRow:
+    """Scale a relative's MFU to another GPU by peak and memory bandwidth.
+
+    Seconds per FLOP = 1 / peak (matrix products at the peak) + the rest; of the relative the rest is (1 / MFU - 1) / peak. The
+    assumption: all of the rest is memory traffic, so it shrinks with the bandwidth. Then
+
+        1 / MFU' = 1 + (1 / MFU - 1) x (peak' / peak) x (bandwidth / bandwidth').
+
+    A GPU with no less of either is never predicted to be slower. No MFU above the highest that was measured is assumed: at the
+    H20's balance memory is no longer what limits. Checked on the measured rows: the A100's predict the H100's within 17%, and
+    those of the A100 of 40 GB within 11%; the H100's predict the A100's at the same sizes within 11%.
+    """
+    gpu, relative = GPUS[name], GPUS[measured.gpu]
+    peak, bandwidth = gpu.peak_bf16_flops / relative.peak_bf16_flops, gpu.memory_bytes_per_s / relative.memory_bytes_per_s
+    mfu = min(1 / (1 + (1 / measured.mfu - 1) * peak / bandwidth), HIGHEST_MFU)
+    source = (
+        f"assumed from {measured.gpu}: {measured.mfu:.1%} there, scaled by {peak:.2f}x its peak and {bandwidth:.2f}x its memory"
+        f" bandwidth; give --mfu, or add --measure there; {measured.gpu} is {measured.source}"
+    )
+    return MfuRow(name, measured.parameters, mfu, source)
 
 
 def train_hours(flops: float, peak_flops: float, num_gpus: int, mfu: float) -> float:
