@@ -51,6 +51,7 @@ constraints: setup
 pages: setup
 	$(BIN)/python docs/reproductions.py
 	$(BIN)/python docs/memory.py
+	$(BIN)/python docs/roofline.py
 	$(BIN)/python docs/reliability.py
 	$(BIN)/python -m pip install --quiet --target build/peers --no-deps -r docs/peers.txt
 	PYTHONPATH=build/peers $(BIN)/python docs/data.py
