@@ -19,13 +19,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume-from", metavar="STEP", help="go back to that step's checkpoint; later ones are deleted")
     parser.add_argument("--eval-only", "--eval_only", action="store_true", help="measure the newest checkpoint's validation loss")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="check everything, do one step, write nothing")
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        type=int,
+        help="trace STEPS optimizer steps after the first 3 into RUN_DIR/profile",
+    )
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.profile is not None and arguments.profile < 1:
+        parser.error(f"--profile {arguments.profile}: STEPS is the number of steps to trace, 1 or more")
+    if arguments.profile and (arguments.dry_run or arguments.eval_only):
+        parser.error(
+            f"--profile traces training steps after the first 3, and {'--dry-run' if arguments.dry_run else '--eval-only'} trains"
+            " no more than one: leave one of the two out"
+        )
     recipe = load_recipe(arguments.recipe, arguments.overrides)
 
     from isoflop.pretrain import pretrain
     from isoflop.resume import NEWEST
 
     resume = arguments.resume_from or (NEWEST if arguments.resume else None)
+    if arguments.profile:
+        return pretrain(recipe, resume, arguments.eval_only, arguments.dry_run, profile_steps=arguments.profile)
     return pretrain(recipe, resume, arguments.eval_only, arguments.dry_run)
 
 

@@ -1,11 +1,13 @@
 """Profiles of steps: arithmetic on synthetic events of a GPU, real traces of a CPU, runs that end early or cannot write."""
 
 import gzip
+import importlib.util
 import json
 import resource
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
@@ -224,6 +226,7 @@ def test_a_profile_writes_trace_and_summary_and_changes_no_loss(tmp_path):
     assert sum(row["ms"] for row in summary["categories"]) == pytest.approx(summary["step_ms"], rel=0.02)
     products = next(row for row in summary["top"] if row["name"] == "aten::addmm")
     assert products["calls"] == 2
+    assert not [row for row in summary["top"] if row["name"].startswith("ProfilerStep")]
     (text,) = said
     assert text.startswith("profile of rank 0: ")
     assert "over 2 traced" in text
@@ -292,3 +295,26 @@ def test_a_full_disk_is_reported_and_leaves_no_part_of_a_trace(tmp_path, capfd):
     assert len(losses) == 8
     assert "rank 0: profile: trace: OSError" in capfd.readouterr().err
     assert {file.name for file in (tmp_path / "profile").iterdir()} == {"summary.md", "summary.json"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--profile", "2", "--dry-run"],
+            "--profile traces training steps after the first 3, and --dry-run trains no more than one",
+        ),
+        (["--profile", "2", "--eval-only"], "--profile traces training steps after the first 3, and --eval-only trains no more"),
+        (["--profile", "0"], "--profile 0: STEPS is the number of steps to trace, 1 or more"),
+        (["--profile", "-1"], "--profile -1: STEPS is the number of steps to trace, 1 or more"),
+        (["--profile", "two"], "argument --profile: invalid int value: 'two'"),
+    ],
+)
+def test_the_flag_is_refused_where_it_can_trace_nothing(options, message, capsys):
+    specification = importlib.util.spec_from_file_location("pretrain_script", ROOT / "scripts/pretrain.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    with pytest.raises(SystemExit) as ended:
+        script.main(["recipes/quickstart.yaml", *options])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

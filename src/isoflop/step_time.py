@@ -190,7 +190,12 @@ class _Time(NamedTuple):
 
 
 def _host_times(host: Sequence[FunctionEvent]) -> list[_Time]:
-    return [_Time(e.name, category_of(e.name, _callers(e)), e.self_cpu_time_total, 1) for e in host]
+    """Return self times of operators; that of a step's region is Python between them."""
+    times = []
+    for event in host:
+        category = category_of(event.name, _callers(event))
+        times.append(_Time(PYTHON if category == PYTHON else event.name, category, event.self_cpu_time_total, 1))
+    return times
 
 
 def _device_times(device: Sequence[FunctionEvent], host: Sequence[FunctionEvent]) -> list[_Time]:
