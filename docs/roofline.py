@@ -47,9 +47,9 @@ their proportions.
 {summary}
 
 *Before*: eager layers, and the loss in chunks of 128 MiB of logits with a softmax in blocks of 16 MiB. *Eager*: eager layers, and
-the loss in chunks of up to 1 GiB with one compiled softmax. *Compiled*: the same loss, and each layer compiled, which is the
-default on a GPU (`training.compile: auto`). Where there are two GPUs, the range is from communication after everything else to
-communication wholly behind it; FSDP2 reduces gradients after every micro-batch here.
+the loss in chunks of up to 1 GiB with one compiled softmax. *Compiled*: the same loss, and each layer and the last norm compiled,
+which is the default on a GPU (`training.compile: auto`). Where there are two GPUs, the range is from communication after
+everything else to communication wholly behind it; FSDP2 reduces gradients after every micro-batch here.
 
 ## Assumptions
 
