@@ -122,8 +122,8 @@ def two_gpu_steps():
         )
         trace.kernel("Memcpy HtoD", start + 880, start + 1000 + (100 if number == 4 else 0))
         trace.kernel("ProfilerStep*", start + 100, start + 1100, is_user_annotation=True)
-        for launch in range(5):
-            trace.host("cudaLaunchKernel", start + 10 * launch, start + 10 * launch + 5, step)
+        for number_of_launch in range(5):
+            trace.host("cudaLaunchKernel", start + 10 * number_of_launch, start + 10 * number_of_launch + 5, step)
         trace.host("cuLaunchKernelEx", start + 98, start + 99, step)
         trace.host("cudaStreamSynchronize", start + 500, start + 620, step)
     return trace

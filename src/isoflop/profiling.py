@@ -58,7 +58,6 @@ class StepProfiler:
                 f"profile: nothing was recorded: the run ended after {self._finished_steps} steps, and tracing starts after"
                 f" {SKIPPED_STEPS}"
             )
-        self._attempt("end", self._profile.stop)
         self._end()
 
     def _start(self) -> None:
@@ -67,7 +66,7 @@ class StepProfiler:
             schedule=schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=self._steps, repeat=1),
             on_trace_ready=self._export,
         )
-        started.start()
+        started.__enter__()
         self._profile = started
 
     def _record_memory(self) -> None:
@@ -118,7 +117,10 @@ class StepProfiler:
                 part.unlink()
 
     def _end(self) -> None:
-        self._profile = None
+        """Leave torch's profiler, which exports what it has recorded and not exported yet."""
+        if self._profile is not None:
+            traced, self._profile = self._profile, None
+            self._attempt("end", lambda: traced.__exit__(None, None, None))
         if self._on_gpu:
             self._attempt("memory history", lambda: torch.cuda.memory._record_memory_history(enabled=None))
 
