@@ -199,6 +199,6 @@ def reports_finding() -> str:
     return (
         f"**How far off may it be?** llm-foundry reports an MFU of {measured:.1%} for a 1.3B model of its own on 8 H100, where"
         f" this page has {eager:.1%} eager and {compiled:.1%} compiled for `llama2_1.36b` on one: {measured / compiled:.0%} of"
-        f" the latter. Users of that recipe report {reported:.1%} on two A6000 with another trainer, where this page has {slow:.1%}"
-        f" eager with nothing overlapped: {reported / slow:.0%} of it."
+        f" the latter. Users of that recipe report {reported:.1%} on two A6000 with another trainer, where this page has"
+        f" {slow:.1%} eager with nothing overlapped: {reported / slow:.0%} of it."
     )
