@@ -66,7 +66,7 @@ class StepProfiler:
             schedule=schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=self._steps, repeat=1),
             on_trace_ready=self._export,
         )
-        started.__enter__()
+        started.__enter__()  # type: ignore[no-untyped-call]
         self._profile = started
 
     def _record_memory(self) -> None:
@@ -120,7 +120,7 @@ class StepProfiler:
         """Leave torch's profiler, which exports what it has recorded and not exported yet."""
         if self._profile is not None:
             traced, self._profile = self._profile, None
-            self._attempt("end", lambda: traced.__exit__(None, None, None))
+            self._attempt("end", lambda: traced.__exit__(None, None, None))  # type: ignore[no-untyped-call]
         if self._on_gpu:
             self._attempt("memory history", lambda: torch.cuda.memory._record_memory_history(enabled=None))
 
