@@ -87,7 +87,7 @@ def grown(axis: str, size: int) -> Recipe:
 def micro_batch(recipe: Recipe) -> Callable[[], None]:
     """Forward and backward of a micro-batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_training_model(recipe, eos_token_id=0, bos_token_id=None).to(device)
+    model = build_training_model(recipe, eos_token_id=0, bos_token_id=None, device=device)
     ids = torch.randint(
         recipe.model.vocab_size, (recipe.training.micro_batch_size, recipe.training.sequence_length), device=device
     )

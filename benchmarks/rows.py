@@ -121,26 +121,37 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """This checkout's, with `+changes` where what is measured, or measures, differs from it."""
+    """This checkout's, with `+changes` where what is measured, or measures, differs from it; `unknown` for a copy without git."""
     git, rooms = ["git", "-C", str(ROOT)], ("src", "modeling", "scripts", "recipes", "accelerate_configs", "benchmarks")
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    status = [*git, "status", "--porcelain", "--untracked-files=no", "--", *rooms, ":!benchmarks/results"]
-    return head + ("+changes" if subprocess.run(status, capture_output=True, text=True, check=True).stdout else "")
+    status = ["status", "--porcelain", "--untracked-files=no", "--", *rooms, ":!benchmarks/results"]
+    try:
+        head, changes = (
+            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "--short=12", "HEAD"], status)
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if changes else "")
+
+
+def about(commit_name: str | None = None) -> dict[str, Any]:
+    """What every row says of where it is from: machine, commit, versions and command."""
+    return {
+        "machine": machine(),
+        "commit": commit_name or commit(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
 
 
 def write(given: Namespace, benchmark: str, rows: list[dict[str, Any]]) -> None:
     """Add rows to a benchmark's file, in the place of those of the same case on the same machine, and print them."""
-    about = {
-        "machine": machine(),
-        "commit": commit(),
-        "versions": {name: version(name) for name in LIBRARIES},
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-    }
+    where = about()
     file = given.results / f"{benchmark}.jsonl"
     kept = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     cases = {row["case"] for row in rows}
-    kept = [row for row in kept if row["case"] not in cases or row["machine"] != about["machine"]]
+    kept = [row for row in kept if row["case"] not in cases or row["machine"] != where["machine"]]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *(row | about for row in rows)]), encoding="utf-8")
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *(row | where for row in rows)]), encoding="utf-8")
     for row in rows:
         print(json.dumps(row), flush=True)

@@ -10,10 +10,13 @@ nanoGPT is run from a checkout that you name, litgpt where it is installed.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,9 @@ from isoflop import cost, hardware
 from isoflop.prepare.command import prepare
 
 WARMUP = 3  # steps that are not counted: allocation, moments, kernels
-MATRIX = 2048
+# Of the matrix product that rates are compared with. A GPU reaches its rate on large ones alone, and multiplies ones or zeros
+# faster than random numbers, since fewer of their bits change.
+GPU_MATRIX, CPU_MATRIX = 8192, 2048
 
 
 def main() -> None:
@@ -110,17 +115,35 @@ def answer(connection: Connection, log: Path) -> Any:
         raise SystemExit(f"{log.stem} ended:\n{log.read_text(encoding='utf-8')[-3000:]}") from None
 
 
-def matmul_flops(bf16: bool) -> float:
-    """FLOP/s that large square matrices of this precision reach here, the best of some."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    matrix = torch.ones(MATRIX, MATRIX, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
-    best = float("inf")
-    for _ in range(12):
-        started = time.perf_counter()
-        product = matrix @ matrix
-        product[0, 0].item()  # waits for a GPU
-        best = min(best, time.perf_counter() - started)
-    return 2 * MATRIX**3 / best
+def matmul_flops(bf16: bool, size: int | None = None) -> float:
+    """FLOP/s that large square matrices of random numbers in this precision reach here: the median of some products."""
+    on_gpu = torch.cuda.is_available()
+    size, device = size or (GPU_MATRIX if on_gpu else CPU_MATRIX), "cuda" if on_gpu else "cpu"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / statistics.median(seconds_of(lambda: torch.mm(left, right, out=out), 30 if on_gpu else 10))
+
+
+def seconds_of(work: Callable[[], object], rounds: int, warmup: int = 3) -> list[float]:
+    """Seconds of each round on the device; a GPU times itself, its queue never empty."""
+    for _ in range(warmup):
+        work()
+    if not torch.cuda.is_available():
+        taken = []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - started)
+        return taken
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        work()
+        event.record()
+    torch.cuda.synchronize()
+    return [first.elapsed_time(second) / 1e3 for first, second in itertools.pairwise(events)]
 
 
 if __name__ == "__main__":

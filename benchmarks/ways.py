@@ -36,6 +36,15 @@ class Case(NamedTuple):
     recipe: Recipe
     bf16: bool
     nanogpt: Path | None
+    float8: bool = False
+    """Of the real loop: products of the layers in float8, the rest in bf16."""
+    compile_all: bool = False
+    """Of the plain loop: one torch.compile around the whole model and its loss."""
+
+    @property
+    def mixed_precision(self) -> str:
+        """As a launch config has it."""
+        return "fp8" if self.float8 else "bf16" if self.bf16 else "no"
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +117,7 @@ def batches(case: Case) -> Iterator[Tensor]:
 def plain_loop(case: Case, turns: Turns, model: nn.Module, forward: Forward) -> None:
     """What a step cannot do without: forward, backward, clipping, update, one look at the loss."""
     optimizer = build_optimizer(model, case.recipe.optimizer, case.device)
+    forward = torch.compile(forward) if case.compile_all else forward
     for micro_batches in batches(case):
         turns.begin()
         loss_sum = torch.zeros((), device=case.device)
@@ -128,15 +138,18 @@ def isoflop(case: Case, turns: Turns) -> None:
 
     step = pretrain.train_step
 
-    def paced(job: Any, progress: Any) -> Any:
+    def paced(*arguments: Any, **named: Any) -> Any:
         turns.begin()
-        row = step(job, progress)
+        row = step(*arguments, **named)
         turns.loss = row["loss"]
         return row
 
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if case.bf16 else "no"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = case.mixed_precision
     pretrain.train_step = paced
-    pretrain.pretrain(case.recipe)
+    try:
+        pretrain.pretrain(case.recipe)
+    finally:
+        pretrain.train_step = step
 
 
 def bare(case: Case, turns: Turns) -> None:
@@ -214,7 +227,7 @@ def litgpt(case: Case, turns: Turns) -> None:
 
 def training_model(case: Case) -> Any:
     """isoflop's model with its initial weights; compiled where the recipe says so."""
-    return build_training_model(case.recipe, eos_token_id=0, bos_token_id=None).to(case.device)
+    return build_training_model(case.recipe, eos_token_id=0, bos_token_id=None, device=case.device)
 
 
 def stock_head(model: Any) -> None:
