@@ -84,3 +84,20 @@ def load_model(config: PretrainedConfig, read: Callable[[dict[str, torch.Tensor]
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks, found by the class names that transformers declares unsplittable."""
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+
+
+def final_norms(model: PreTrainedModel) -> list[nn.Module]:
+    """The norm between the last block and the head, under the name each class gives it; none where blocks end with theirs."""
+    base: Any = model.base_model
+    norms = [getattr(base, name, None) for name in ("norm", "ln_f")]
+    return [norm for norm in norms if isinstance(norm, nn.Module) and any(True for _ in norm.parameters())]
+
+
+def use_liger(model: PreTrainedModel) -> None:
+    """Replace a stock Llama's RMSNorm, rotary positions and SwiGLU by Liger's kernels; no weight changes its name.
+
+    Liger exchanges the rotary function of transformers' module, so for every Llama of this process.
+    """
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False, model=model)

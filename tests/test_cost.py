@@ -146,7 +146,7 @@ def predict(recipe, launch, **training):
 
 
 def test_the_loss_chunk_is_the_one_that_training_uses():
-    assert cost.CHUNK_LOGITS_BYTES == loss.CHUNK_LOGITS_BYTES
+    assert (cost.CHUNK_LOGITS_BYTES, cost.GPU_CHUNK_LOGITS_BYTES) == (loss.CHUNK_LOGITS_BYTES, loss.GPU_CHUNK_LOGITS_BYTES)
     assert (cost.SOFTMAX_BYTES, cost.HEAD_GRADIENT_ROWS) == (loss.SOFTMAX_BYTES, loss.GRADIENT_ROWS)
 
 

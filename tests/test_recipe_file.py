@@ -65,7 +65,7 @@ BAD = {
     "unknown model type": ({"model": {"model_type": "mamba"}}, r"model: Input tag 'mamba'.*'gpt2', 'llama', 'hybrid'"),
     "wrong type": ({"training": {"max_steps": "ten"}}, r"training.max_steps = 'ten': Input should be a valid integer"),
     "a fraction where whole": ({"training": {"max_steps": 2.5}}, r"training.max_steps = 2.5: "),
-    "a number as a switch": ({"training": {"compile": 1}}, r"training.compile = 1: Input should be a valid boolean"),
+    "a number as a switch": ({"training": {"compile": 2}}, r"training.compile = 2: Input should be True, False or 'auto'"),
     "negative": ({"optimizer": {"peak_learning_rate": -1.0}}, r"peak_learning_rate = -1.0: Input should be greater than 0"),
     "two durations": ({"training": {"max_tokens": 1}}, r"give exactly one of max_steps, max_tokens, tokens_per_parameter"),
     "no tokenizer": ({"tokenizer": {"train_vocab_size": None}}, r"give exactly one of name, train_vocab_size \(given: none\)"),

@@ -5,6 +5,7 @@ The arithmetic is held against transformers' own modules on the meta device by t
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 from isoflop import hardware
@@ -12,6 +13,7 @@ from isoflop.recipe import LARGEST_TRIED, Gpt2Model, HybridModel, LlamaModel, Mo
 
 # Of `modeling.loss`, which stands alone; a test holds them equal.
 CHUNK_LOGITS_BYTES, SOFTMAX_BYTES, HEAD_GRADIENT_ROWS = 128 * 2**20, 16 * 2**20, 8192
+GPU_CHUNK_LOGITS_BYTES = 2**30
 
 
 class Shape(NamedTuple):
@@ -122,6 +124,7 @@ def checkpoint_bytes(model: Model, optimizer: Optimizer) -> int:
 
 
 Engine = Literal["single", "ddp", "zero1", "fsdp2"]
+Reduction = Literal["step", "micro_batch"]
 Arithmetic = Literal["fp32", "autocast", "bf16"]  # what a forward pass keeps; bf16: weights are bf16 themselves
 
 
@@ -135,6 +138,14 @@ class Launch(NamedTuple):
     """Matrix products in bf16: by autocast over fp32 weights, or over the bf16 copies of ZeRO-1 and FSDP2."""
     shards: int = 1
     """Processes that the optimizer state (and under FSDP2 weights and gradients) is divided over."""
+    gpu: bool = False
+    """On a GPU, where `training.compile: auto` compiles and the loss takes larger chunks."""
+    reduction: Reduction = "micro_batch"
+    """When FSDP2 reduces gradients over the ranks; see `gradient_reduction`. The other engines always reduce once a step."""
+
+    def compiles(self, training: Training) -> bool:
+        """Whether the decoder layers are compiled."""
+        return self.gpu if training.compile == "auto" else training.compile
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -165,38 +176,75 @@ class Memory(NamedTuple):
 
 
 def predicted_memory(model: Model, training: Training, optimizer: Optimizer, launch: Launch) -> Memory:
-    """Peak memory of one device, without dropout (whose masks come on top) and compile (which keeps less).
+    """Peak memory of one device, without dropout (whose masks come on top).
 
     States: single and DDP hold 4 (weights) + 4 (gradients, which are DDP's buckets) + 8 bytes a parameter; ZeRO-1, as DeepSpeed
-    does it with bf16 weights and fp32 accumulation, 2 + 4 and (4 + 8) / shards; FSDP2 (4 + 4 + 8) / shards, with gradients
-    reduced every micro-batch. bf16 moments take 4 instead of 8.
+    does it with bf16 weights and fp32 accumulation, 2 + 4 and (4 + 8) / shards; FSDP2 (4 + 4 + 8) / shards, or with gradients
+    reduced once a step 4 instead of 4 / shards for them. bf16 moments take 4 instead of 8.
     """
-    n, shards, mode = parameters(model), launch.shards, launch.arithmetic
+    n, shards, mode, compiled = parameters(model), launch.shards, launch.arithmetic, launch.compiles(training)
     moments = n * optimizer_bytes_per_parameter(optimizer) // shards
     matrices = matmul_parameters(model)
+    layer, head = (matrices - _head_parameters(model)) // shape_of(model).num_layers, _head_parameters(model)
+    tokens = training.micro_batch_size * training.sequence_length
+    micro_batches = training.tokens_per_step // (tokens * launch.num_processes)
     weights, gradients, copies = 4 * n, 4 * n, 2 * matrices if mode == "autocast" else 0
     if launch.engine == "zero1":
         weights = (2 if launch.bf16 else 4) * n + (4 * n // shards if launch.bf16 else 0)
     elif launch.engine == "fsdp2":
-        weights, gradients = 4 * n // shards, 4 * n // shards
-        layer, head = (matrices - _head_parameters(model)) // shape_of(model).num_layers, _head_parameters(model)
+        weights = 4 * n // shards
+        gradients = 4 * n if launch.reduction == "step" and micro_batches > 1 else 4 * n // shards
         # Two layers whole (one computed, one fetched ahead), embedding and head all along, one layer's gradients in fp32.
         copies = (2 if launch.bf16 else 4) * (2 * layer + head * (1 if shape_of(model).tied else 2)) + 4 * layer
-    tokens = training.micro_batch_size * training.sequence_length
-    layer_bytes = tokens * layer_activation_bytes(model, training.sequence_length, mode)
-    loss, backward = _loss_bytes(model, tokens, mode), _backward_bytes(model, tokens, mode)
+    layer_bytes = tokens * layer_activation_bytes(model, training.sequence_length, mode, compiled)
+    loss, backward = _loss_bytes(model, tokens, mode, launch.gpu, compiled), _backward_bytes(model, tokens, mode)
+    if compiled and launch.engine != "fsdp2":  # whose copies have them: a compiled layer hands over all its gradients at its end
+        backward += (2 if mode == "bf16" else 4) * layer
     kept = shape_of(model).num_layers * layer_bytes
     if training.activation_checkpointing:
         stream = 2 if mode == "bf16" else 4
         kept = tokens * shape_of(model).num_layers * stream * shape_of(model).hidden_size
         loss = max(loss, layer_bytes + backward - copies)
     memory = Memory(weights, gradients, moments, copies, kept, max(loss, backward))
-    micro_batches = training.tokens_per_step // (tokens * launch.num_processes)
     if micro_batches == 1 and launch.engine in ("single", "fsdp2"):
         # Gradients come as activations go: the peak is before the first or after the last of them.
         before, after = memory._replace(gradients=0), memory._replace(weight_copies=0, activations=layer_bytes, loss=backward)
         return max(before, after, key=lambda moment: moment.total)
     return memory
+
+
+def with_reduction(launch: Launch, model: Model, training: Training, optimizer: Optimizer, memory_bytes: int) -> Launch:
+    """The launch with the gradient reduction that the recipe names; under `auto` once a step where that is predicted to fit a
+    device of `memory_bytes`, since it moves 1 / accumulation of the gradients' bytes, else after every micro-batch."""
+    if launch.engine != "fsdp2":
+        return launch._replace(reduction="step")
+    if training.gradient_reduction != "auto":
+        return launch._replace(reduction=training.gradient_reduction)
+    once = launch._replace(reduction="step")
+    fits = predicted_memory(model, training, optimizer, once).total <= hardware.usable_bytes(memory_bytes)
+    return once if fits else launch._replace(reduction="micro_batch")
+
+
+def communicated_bytes(model: Model, training: Training, launch: Launch) -> int:
+    """Bytes that each rank sends in an optimizer step, by rings: a gather or a reduce-scatter of x bytes sends (p - 1) / p x.
+
+    DDP all-reduces fp32 gradients once. ZeRO-1 reduce-scatters them and gathers the updated weights. FSDP2 gathers weights for
+    the forward and the backward pass of every micro-batch and reduce-scatters fp32 gradients once a step or every time; with
+    replicas (HSDP) the shards of gradients are all-reduced as often.
+    """
+    n, p, width = parameters(model), launch.num_processes, 2 if launch.bf16 else 4
+    if launch.engine == "single":
+        return 0
+    if launch.engine == "ddp":
+        return 2 * 4 * n * (p - 1) // p
+    if launch.engine == "zero1":
+        return (4 + width) * n * (p - 1) // p
+    micro_batches = training.tokens_per_step // (training.micro_batch_size * training.sequence_length * p)
+    reductions = 1 if launch.reduction == "step" else micro_batches
+    shards, replicas = launch.shards, p // launch.shards
+    gathered = 2 * width * n * (shards - 1) // shards
+    reduced = 4 * n * (shards - 1) // shards + 2 * 4 * n // shards * (replicas - 1) // replicas
+    return micro_batches * gathered + reductions * reduced
 
 
 # Tensors of feed-forward width beyond silu's or GELU's input and output: gelu_new is written out in seven operations, relu keeps
@@ -209,17 +257,19 @@ _KEPT_BY_NORM = {
 }
 
 
-def layer_activation_bytes(model: Model, sequence_length: int, arithmetic: Arithmetic) -> int:
+def layer_activation_bytes(model: Model, sequence_length: int, arithmetic: Arithmetic, compiled: bool = False) -> int:
     """Bytes a token that one decoder layer keeps for its backward pass, h hidden, a query width, k key width, f feed-forward.
 
     Counted from what each operation of transformers' own layers saves, e.g. Llama under autocast: two RMSNorms keep input and
     normed input in fp32 (8h each); q, k, v, gate and up each a bf16 copy of their input (2h each); attention q, k, v, output
     (4a + 4k); SwiGLU gate, silu, up, product (8f): 26h + 4a + 4k + 8f. And the norms' and attention's statistics. Without
-    autocast projections keep their input, the norm's output, once between them.
+    autocast projections keep their input, the norm's output, once between them. `compiled`: what torch.compile keeps instead.
     """
     s = shape_of(model)
     h, a, k, f = s.hidden_size, s.num_heads * s.head_dim, s.num_key_value_heads * s.head_dim, s.intermediate_size
     width = 4 if arithmetic == "fp32" else 2
+    if compiled and model.attn_implementation != "eager":
+        return _compiled_layer_bytes(s, arithmetic)
     by_norm, statistics = _KEPT_BY_NORM[s.rms_norm][arithmetic], 4 if s.rms_norm else 8
     projections = (1 if isinstance(model, Gpt2Model) else 3) + (2 if s.gated else 1)  # GPT-2's q, k and v are one
     inputs = projections if arithmetic == "autocast" else 2
@@ -231,6 +281,19 @@ def layer_activation_bytes(model: Model, sequence_length: int, arithmetic: Arith
     if model.attn_implementation == "eager":  # the scores: softmax in fp32, and its bf16 copy; keys and values for every head
         return kept + s.num_heads * sequence_length * (4 if width == 4 else 6) + width * 2 * (a - k)
     return kept + 4 * s.num_heads
+
+
+def _compiled_layer_bytes(s: Shape, arithmetic: Arithmetic) -> int:
+    """The same of a compiled layer, whose min-cut partitioner keeps what it cannot recompute by element-wise operations: the
+    layer's input, the attention's output projection (the sum of the two is recomputed), the products' inputs once, q, k, v and
+    attention's output, gate, up and product. With norms after the sums: both norms' inputs, and the products' inputs."""
+    h, a, k, f = s.hidden_size, s.num_heads * s.head_dim, s.num_key_value_heads * s.head_dim, s.intermediate_size
+    width, stream, statistics = 4 if arithmetic == "fp32" else 2, 2 if arithmetic == "bf16" else 4, 4 if s.rms_norm else 8
+    residual = 2 * stream + 2 * width if s.post_norm else stream + 3 * width
+    kept = residual * h + width * (2 * a + 2 * k + (3 if s.gated else 2) * f) + 2 * statistics + 4 * s.num_heads
+    if s.qk_norm:
+        kept += width * (a + k) + statistics * (s.num_heads + s.num_key_value_heads)
+    return kept
 
 
 def _activation(model: Model) -> str:
@@ -251,25 +314,34 @@ def _backward_bytes(model: Model, tokens: int, arithmetic: Arithmetic) -> int:
     return tokens * (inner * width * s.intermediate_size + 2 * s.hidden_size) + (4 * _head_parameters(model) if s.tied else 0)
 
 
-def _loss_bytes(model: Model, tokens: int, arithmetic: Arithmetic) -> int:
+def _loss_bytes(model: Model, tokens: int, arithmetic: Arithmetic, gpu: bool, compiled: bool) -> int:
     """From the last norm to the end of the chunked cross-entropy of `modeling.loss`, with its gradients."""
     s = shape_of(model)
     # The last norm's output, the same in the matrix products' type where that is another, the gradient of that; and what the last
-    # norm keeps, where a layer has not kept it already.
+    # norm keeps, where a layer has not kept it already: compiled its input alone.
     per_token = {"autocast": 8, "bf16": 4, "fp32": 8}[arithmetic]
-    per_token += 0 if s.post_norm else _KEPT_BY_NORM[s.rms_norm][arithmetic]
+    if not s.post_norm:
+        per_token += _KEPT_BY_NORM[s.rms_norm and not compiled][arithmetic]
     width, capped = 4 if arithmetic == "fp32" else 2, isinstance(model, HybridModel) and model.final_logit_softcapping
-    rows = min(tokens, CHUNK_LOGITS_BYTES // (width * s.vocab_size))
-    # A chunk's logits; beside them some rows' logits and probabilities in fp32, and the slope of a soft cap. Or, if more, the
-    # chunk's hidden states once more and, in the narrow type, the gradient of a slice of the head; fp32 adds in place.
-    softmax = (3 if capped else 1 if width == 4 else 2) * min(4 * rows * s.vocab_size, SOFTMAX_BYTES)
-    of_head = 0 if width == 4 else 2 * min(s.vocab_size, HEAD_GRADIENT_ROWS)
+    rows = min(tokens, _chunk_rows(tokens, s.vocab_size, width, gpu))
+    # A chunk's logits. On a CPU, beside them some rows' logits and probabilities in fp32, and the slope of a soft cap; on a GPU
+    # the compiled softmax holds neither. Or, if more, the chunk's hidden states once more and, on a CPU, in the narrow type, the
+    # gradient of a slice of the head; fp32 adds in place.
+    softmax = 0 if gpu else (3 if capped else 1 if width == 4 else 2) * min(4 * rows * s.vocab_size, SOFTMAX_BYTES)
+    of_head = 0 if gpu or width == 4 else 2 * min(s.vocab_size, HEAD_GRADIENT_ROWS)
     product = (width * rows + of_head) * s.hidden_size
     chunk = width * rows * s.vocab_size + max(softmax, product)
     cast = (
         2 * s.vocab_size * s.hidden_size if arithmetic == "bf16" else 0
     )  # the head's gradient, at the end, to its weight's type
     return tokens * per_token * s.hidden_size + 4 * s.vocab_size * s.hidden_size + max(chunk, cast)
+
+
+def _chunk_rows(rows: int, vocab_size: int, width: int, gpu: bool) -> int:
+    """`modeling.loss.rows_per_chunk`."""
+    if not gpu:
+        return max(1, CHUNK_LOGITS_BYTES // (width * vocab_size))
+    return math.ceil(rows / math.ceil(rows * width * vocab_size / GPU_CHUNK_LOGITS_BYTES) / 64) * 64
 
 
 def largest_micro_batch(model: Model, training: Training, optimizer: Optimizer, launch: Launch, memory_bytes: int) -> int | None:
@@ -283,6 +355,7 @@ def largest_micro_batch(model: Model, training: Training, optimizer: Optimizer, 
     fitting = 0
     for size in (m for m in range(1, min(windows, LARGEST_TRIED) + 1) if windows % m == 0):
         changed = training.model_copy(update={"micro_batch_size": size})
-        if predicted_memory(model, changed, optimizer, launch).total <= hardware.usable_bytes(memory_bytes):
+        chosen = with_reduction(launch, model, changed, optimizer, memory_bytes)
+        if predicted_memory(model, changed, optimizer, chosen).total <= hardware.usable_bytes(memory_bytes):
             fitting = size
     return fitting

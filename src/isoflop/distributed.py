@@ -7,6 +7,7 @@ FSDP and DeepSpeed are ignored on CPU), so what came up is held against what was
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -21,17 +22,18 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
+    AORecipeKwargs,
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
-    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from isoflop.cost import Launch
+from isoflop.cost import Engine, Launch, with_reduction
 from isoflop.errors import UserError, nearest
+from isoflop.modeling.loss import LossHead
 from isoflop.recipe import Output, Recipe
 
 _DDP = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # one process, or DDP
@@ -54,10 +56,10 @@ def build_accelerator(output: Output) -> Accelerator:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
     else:
         settings["cpu"] = on_cpu  # else accelerate starts unconnected processes on a machine without GPUs
+    if _mixed_precision() == "fp8":
+        handlers.append(_float8(on_cpu))
     if asked == DistributedType.FSDP:
         settings["fsdp_plugin"] = _fsdp_plugin()
-        # Reduced after every micro-batch: gradients are held in shards alone, 4 bytes a parameter over all ranks.
-        settings["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1, sync_each_batch=True)
         if on_cpu and PartialState(cpu=True).distributed_type == DistributedType.MULTI_CPU:
             # On its own accelerate falls back to DDP here, silently; told of GPUs, it shards over gloo processes as over them.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -73,11 +75,43 @@ def asked_engine() -> DistributedType:
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
     """FSDP2 as the launch config has it, with gradients reduced in fp32: under bf16 accelerate would reduce and return bf16."""
-    bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+    narrow = _mixed_precision() in ("bf16", "fp8")
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if narrow else None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("fsdp_config.fsdp_version: 1 of the launch config is not trained here; set fsdp_version: 2")
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
+def _mixed_precision() -> str:
+    """As the launch config has it; `accelerate launch` hands it over in the environment."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def _float8(on_cpu: bool) -> AORecipeKwargs:
+    """Matrix products of the decoder layers in float8 by torchao, one scale a row: input, weight and output gradient.
+
+    bf16 for the rest, the head and its loss too. A CPU emulates it, in fp32 products of rounded operands.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            "mixed_precision: fp8 of the launch config needs torchao, which is not installed; run: pip install torchao, or use a"
+            " config of bf16"
+        )
+    if not on_cpu and torch.cuda.get_device_capability() < (8, 9):
+        raise UserError(
+            f"mixed_precision: fp8 of the launch config needs compute capability 8.9 (Ada, Hopper, Blackwell), this is"
+            f" {torch.cuda.get_device_name()}; use a config of bf16"
+        )
+    from torchao.float8 import Float8LinearConfig
+
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=on_cpu)
+    return AORecipeKwargs(config=config, module_filter_func=_multiplies_in_float8)
+
+
+def _multiplies_in_float8(module: torch.nn.Module, name: str) -> bool:
+    """Linear modules but the head, of sizes that float8 kernels take."""
+    layer = isinstance(module, torch.nn.Linear) and not isinstance(module, LossHead)
+    return layer and module.in_features % 16 == module.out_features % 16 == 0
 
 
 def _deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin:
@@ -99,17 +133,19 @@ def _deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin:
             f"deepspeed_config of the launch config asks for ZeRO stage {plugin.zero_stage} or offloading; ZeRO stage 1 without"
             " offloading is trained here: set zero_stage: 1, or use a config of FSDP2, which shards weights and gradients too"
         )
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+    if _mixed_precision() == "bf16":
         plugin.deepspeed_config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
         plugin.deepspeed_config["communication_data_type"] = "fp32"
     return plugin
 
 
-def set_step(accelerator: Accelerator, recipe: Recipe, accumulation: int) -> None:
-    """Tell the engine what an optimizer step is."""
+def set_step(accelerator: Accelerator, recipe: Recipe, accumulation: int, launch: Launch) -> None:
+    """Tell the engine what an optimizer step is, and when gradients are reduced."""
     accelerator.gradient_accumulation_steps = accumulation
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = launch.reduction == "micro_batch"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # stage 1 reduces at the last micro-batch alone
         accelerator.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": recipe.training.micro_batch_size,
             "gradient_accumulation_steps": accumulation,
@@ -117,15 +153,25 @@ def set_step(accelerator: Accelerator, recipe: Recipe, accumulation: int) -> Non
         }
 
 
-def launch_of(accelerator: Accelerator) -> Launch:
-    """This launch, as the memory prediction has it."""
-    processes, bf16 = accelerator.num_processes, accelerator.mixed_precision == "bf16"
+def launch_of(accelerator: Accelerator, recipe: Recipe) -> Launch:
+    """This launch, as predictions of memory and time have it, with the gradient reduction that fits the device."""
+    processes, gpu = accelerator.num_processes, accelerator.device.type == "cuda"
+    engine: Engine = "ddp" if processes > 1 else "single"
+    shards = 1
     if accelerator.distributed_type == DistributedType.FSDP:
         replicas = accelerator.parallelism_config.dp_replicate_size if accelerator.parallelism_config else 1
-        return Launch("this", "fsdp2", processes, bf16, processes // replicas)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return Launch("this", "zero1", processes, bf16, processes)
-    return Launch("this", "ddp" if processes > 1 else "single", processes, bf16)
+        engine, shards = "fsdp2", processes // replicas
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine, shards = "zero1", processes
+    launch = Launch("this", engine, processes, accelerator.mixed_precision in ("bf16", "fp8"), shards, gpu)
+    return with_reduction(launch, recipe.model, recipe.training, recipe.optimizer, memory_bytes(accelerator.device))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of a GPU, or this process's share of the machine's. Not what is free: a resumed run must choose as before."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def usable_trackers(output: Output) -> list[str]:
@@ -166,10 +212,10 @@ def check_launch(accelerator: Accelerator) -> None:
             "--max_restarts of this launch keeps torchrun's store, which hands restarted processes the addresses of dead ones"
             " (torch 2.13): add --rdzv_backend c10d, and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
         )
-    if accelerator.mixed_precision not in ("no", "bf16"):
+    if accelerator.mixed_precision not in ("no", "bf16", "fp8"):
         raise UserError(
             f"mixed_precision: {accelerator.mixed_precision} of the launch config is not trained here: fp16 needs loss"
-            " scaling, which skips steps; set bf16, or 'no' for fp32"
+            " scaling, which skips steps; set bf16, fp8, or 'no' for fp32"
         )
 
 

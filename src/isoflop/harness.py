@@ -139,7 +139,7 @@ class InMemory(HFLM):  # type: ignore[misc]  # lm-eval comes without types
     """
 
     def __init__(self, causal_lm: Any, tokenizer: Any, accelerator: Accelerator, interrupted: Callable[[], bool]) -> None:
-        bf16 = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+        bf16 = None if accelerator.mixed_precision == "no" else torch.bfloat16
         super().__init__(
             pretrained=causal_lm,
             tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -30,7 +31,7 @@ from isoflop.data.windows import Windows
 from isoflop.distributed import launch_of, set_step
 from isoflop.errors import UserError
 from isoflop.metrics import peak_memory_bytes
-from isoflop.modeling.build import build_config, build_model, decoder_layers
+from isoflop.modeling.build import build_config, build_model, decoder_layers, final_norms, use_liger
 from isoflop.modeling.loss import TrainingModel
 from isoflop.optim import build_optimizer
 from isoflop.publish.background import BackgroundPush
@@ -53,6 +54,8 @@ class Job:
     folder: RunFolder
     manifest: Manifest
     accelerator: Accelerator
+    launch: cost.Launch
+    """How this process was launched, as memory and speed depend on it."""
     stop: StopRequest
     tokenizer: Any
     train_windows: Windows
@@ -113,8 +116,8 @@ class Job:
 
     def predicted_memory(self) -> cost.Memory:
         """Peak of this process's tensors, by part; what it held before the model comes on top."""
-        recipe, launch = self.recipe, launch_of(self.accelerator)
-        return cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, launch)
+        recipe = self.recipe
+        return cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, self.launch)
 
     def promised(self) -> Forecast | None:
         """The last validation loss that the law predicts."""
@@ -157,28 +160,25 @@ def check_data(recipe: Recipe, every_byte: bool) -> Manifest:
 
 def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop: StopRequest) -> Job:
     """Model, optimizer and data of a run. Raises `UserError` when launch and recipe do not fit."""
-    require_engine_can(recipe, launch_of(accelerator).engine)
+    launch = launch_of(accelerator, recipe)
+    require_engine_can(recipe, launch.engine, accelerator.mixed_precision)
     law = load_law(recipe.law) if recipe.law else None
     accumulation = require_whole_steps(recipe.training, accelerator.num_processes)
-    set_step(accelerator, recipe, accumulation)
+    set_step(accelerator, recipe, accumulation, launch)
     before = peak_memory_bytes(accelerator.device)
     facts = manifest.tokenizer
     tokenizer = AutoTokenizer.from_pretrained(Path(recipe.data.prepared_dir) / "tokenizer")
-    training_model = build_training_model(recipe, facts.eos_token_id, facts.bos_token_id).to(accelerator.device)
+    training_model = build_training_model(recipe, facts.eos_token_id, facts.bos_token_id, accelerator.device)
     downstream = build_downstream(recipe.evaluation, training_model, tokenizer, accelerator, stop)
-    zero = launch_of(accelerator).engine == "zero1"
-    weights = {name: p.detach().to("cpu", copy=True) for name, p in training_model.named_parameters()} if zero else {}
     optimizer = build_optimizer(training_model, recipe.optimizer, accelerator.device)
-    with contextlib.redirect_stdout(None) if zero else contextlib.nullcontext():  # DeepSpeed prints its memory, group by group
-        model, optimizer = accelerator.prepare(training_model, optimizer)
-    if zero:
-        set_zero_weights(training_model, weights)
+    model, optimizer = prepare_for_engine(training_model, optimizer, accelerator)
     prepared_dir = recipe.data.prepared_dir
     return Job(
         recipe=recipe,
         folder=RunFolder(recipe.output.run_dir),
         manifest=manifest,
         accelerator=accelerator,
+        launch=launch,
         stop=stop,
         tokenizer=tokenizer,
         train_windows=Windows(prepared_dir, manifest.shards("train"), manifest.sequence_length),
@@ -197,6 +197,20 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
     )
 
 
+def prepare_for_engine(
+    training_model: TrainingModel, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Accelerate's `prepare`; under DeepSpeed the fp32 master weights are then the model's own, not its bf16 copies widened."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        model, optimizer = accelerator.prepare(training_model, optimizer)
+        return model, optimizer
+    weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in training_model.named_parameters()}
+    with contextlib.redirect_stdout(None):  # it prints its memory, group by group
+        model, optimizer = accelerator.prepare(training_model, optimizer)
+    set_zero_weights(training_model, weights)
+    return model, optimizer
+
+
 def build_downstream(
     evaluation: Evaluation, training_model: TrainingModel, tokenizer: Any, accelerator: Accelerator, stop: StopRequest
 ) -> Any:
@@ -213,8 +227,15 @@ def build_downstream(
     return Downstream(evaluation, InMemory(training_model.causal_lm, tokenizer, accelerator, stop.agreed))
 
 
-def require_engine_can(recipe: Recipe, engine: cost.Engine) -> None:
-    """Refuse what DeepSpeed cannot do: it updates the weights inside the last backward pass, and hides the gradients."""
+def require_engine_can(recipe: Recipe, engine: cost.Engine, mixed_precision: str) -> None:
+    """Refuse what DeepSpeed cannot do: it updates the weights inside the last backward pass, and hides the gradients. And float8
+    where it would change nothing, or not be taken up."""
+    if mixed_precision == "fp8" and (engine == "zero1" or recipe.model.model_type == "gpt2"):
+        which = "DeepSpeed" if engine == "zero1" else "GPT2LMHeadModel, whose projections are no nn.Linear"
+        raise UserError(
+            f"mixed_precision: fp8 of the launch config: not with {which}; use a config of bf16, or another engine, or"
+            " model_type hybrid with preset gpt2"
+        )
     if engine != "zero1":
         return
     wanted = {
@@ -228,19 +249,42 @@ def require_engine_can(recipe: Recipe, engine: cost.Engine) -> None:
         )
 
 
-def build_training_model(recipe: Recipe, eos_token_id: int, bos_token_id: int | None) -> TrainingModel:
-    """The recipe's model with its initial weights, wrapped for training, on the default device."""
+def build_training_model(
+    recipe: Recipe, eos_token_id: int, bos_token_id: int | None, device: torch.device | None = None
+) -> TrainingModel:
+    """The recipe's model with its initial weights on a device, wrapped for training, its layers compiled where they are to be.
+
+    Weights are initialized on the CPU, so that they are the same everywhere; without a device they stay there.
+    """
+    training, device = recipe.training, device or torch.device("cpu")
     config = build_config(recipe.model.model_dump(exclude={"depth_scaled_init"}), eos_token_id, bos_token_id)
     try:
         causal_lm = build_model(config, recipe.model.depth_scaled_init, recipe.seed)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # not installed; not known to this version of transformers
         raise UserError(f"model.attn_implementation = {recipe.model.attn_implementation!r}: {error}") from None
-    if recipe.training.activation_checkpointing:
+    if training.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    if recipe.training.compile:
-        for layer in decoder_layers(causal_lm):
-            layer.compile()
-    return TrainingModel(causal_lm, eos_token_id if recipe.training.document_masking else None).train()
+    if training.kernels == "liger":
+        require_liger(device)
+        use_liger(causal_lm)
+    if cost.Launch("this", "single", gpu=device.type == "cuda").compiles(training):
+        # The last norm too: eager it would move as many bytes as a compiled layer's two norms.
+        for module in (*decoder_layers(causal_lm), *final_norms(causal_lm)):
+            module.compile()
+    document_end = eos_token_id if training.document_masking else None
+    return TrainingModel(causal_lm, document_end, training.kernels).to(device).train()
+
+
+def require_liger(device: torch.device) -> None:
+    """Refuse Liger's kernels where they cannot run. Raises `UserError`."""
+    missing = importlib.util.find_spec("liger_kernel") is None
+    if missing or device.type != "cuda":
+        why = (
+            "liger-kernel is not installed; run: pip install liger-kernel"
+            if missing
+            else f"they run on GPUs, this is {device.type}"
+        )
+        raise UserError(f"training.kernels = 'liger': {why}, or set training.kernels=torch")
 
 
 def describe(job: Job) -> list[str]:

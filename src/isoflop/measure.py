@@ -35,7 +35,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     """
     training = recipe.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    launch = cost.Launch("this", "single", bf16=device.type == "cuda")
+    launch = cost.Launch("this", "single", bf16=device.type == "cuda", gpu=device.type == "cuda")
     predicted = cost.predicted_memory(recipe.model, training, recipe.optimizer, launch).total
     _require_room(recipe, predicted, device)
     before = peak_memory_bytes(device)
@@ -76,7 +76,7 @@ def _require_room(recipe: Recipe, predicted: int, device: torch.device) -> None:
 
 def _time_steps(recipe: Recipe, device: torch.device, launch: cost.Launch) -> tuple[float, float]:
     """Median seconds of a micro-batch, forward and backward, and of clipping and an optimizer update."""
-    model = build_training_model(recipe, eos_token_id=0, bos_token_id=None).to(device)
+    model = build_training_model(recipe, eos_token_id=0, bos_token_id=None, device=device)
     optimizer = build_optimizer(model, recipe.optimizer, device)
     shape = (recipe.training.micro_batch_size, recipe.training.sequence_length)
     ids = torch.randint(recipe.model.vocab_size, shape, device=device)

@@ -15,6 +15,8 @@ from pydantic import model_validator as checked_by
 from isoflop.errors import UserError
 from isoflop.recipe_data import Data, Section, Tokenizer, require_one_of
 
+# Keys of `training` that say how a step is executed: memory and speed, and the last bits of a sum, change with them.
+_EXECUTION = ("compile", "kernels", "gradient_reduction")
 LARGEST_TRIED = 65_536  # when the nearest valid value is looked for
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -26,8 +28,9 @@ class _Model(Section):
     """Standard deviation of every matrix and embedding at the start."""
     depth_scaled_init: bool = True
     """Divide the standard deviation of residual output projections by sqrt(2 x layers), as GPT-2 did."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    """The attention kernel, by transformers' own name."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "sdpa"
+    """The attention kernel, by transformers' own name. Flash attention needs its package, or `kernels`, which fetches it from the
+    Hub; `sdpa` is torch's own choice among its kernels, FlashAttention-2 and cuDNN's among them."""
 
 
 class Gpt2Model(_Model):
@@ -197,8 +200,13 @@ class Training(Section):
     tokens_per_parameter: PositiveFloat | None = None
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory for about a third more compute."""
-    compile: bool = False
-    """torch.compile each decoder layer: a slow first step, faster ones after it."""
+    compile: Literal[True, False, "auto"] = "auto"
+    """torch.compile each decoder layer: a first step of a minute or so, faster ones after it. `auto`: on a GPU, not on a CPU."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """`liger`: Liger's RMSNorm, rotary positions, SwiGLU and fused cross-entropy, on a GPU (`pip install liger-kernel`)."""
+    gradient_reduction: Literal["auto", "step", "micro_batch"] = "auto"
+    """FSDP2: reduce gradients over the ranks once a step, which holds them unsharded (4 bytes a parameter), or after every
+    micro-batch. `auto`: once a step where the predicted memory fits the device. Other engines always reduce once a step."""
     document_masking: bool = False
     """Attention stays within a document and positions restart at each, in training and validation; targets stay the same."""
 
@@ -353,6 +361,10 @@ class Recipe(Section):
                 f"evaluation.sample_tokens = {self.evaluation.sample_tokens} leaves no room for a prompt in the model's"
                 f" {self.model.max_positions} positions; sample fewer tokens"
             )
+        if self.training.kernels == "liger" and not isinstance(self.model, LlamaModel):
+            raise ValueError(
+                f"training.kernels = 'liger' is for model_type llama, this is {self.model.model_type}; set training.kernels=torch"
+            )
         wanted = self.tokenizer.train_vocab_size
         if wanted is not None and wanted > self.model.vocab_size:
             raise ValueError(
@@ -363,7 +375,9 @@ class Recipe(Section):
 
     def trajectory(self) -> dict[str, Any]:
         """The parts that decide the weights a run ends with, by dotted key: a run folder belongs to these values."""
-        free = {"training.micro_batch_size", "training.activation_checkpointing", "training.compile", "data.prepared_dir"}
+        free = {f"training.{key}" for key in ("micro_batch_size", "activation_checkpointing", *_EXECUTION)} | {
+            "data.prepared_dir"
+        }
         learnt = self.model_dump(mode="json", exclude={"anomalies", "evaluation", "output", "hub", "law"})
         return {key: value for key, value in flatten(learnt).items() if key not in free}
 
