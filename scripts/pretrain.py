@@ -39,9 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from isoflop.resume import NEWEST
 
     resume = arguments.resume_from or (NEWEST if arguments.resume else None)
-    if arguments.profile:
-        return pretrain(recipe, resume, arguments.eval_only, arguments.dry_run, profile_steps=arguments.profile)
-    return pretrain(recipe, resume, arguments.eval_only, arguments.dry_run)
+    return pretrain(recipe, resume, arguments.eval_only, arguments.dry_run, arguments.profile or 0)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ LAYERS = {
     "isoflop.families": 2, "isoflop.search": 2, "isoflop.scaling": 2,
     "isoflop.data": 3, "isoflop.optim": 3, "isoflop.checkpoint": 3, "isoflop.metrics": 3, "isoflop.distributed": 3,
     "isoflop.run_folder": 3, "isoflop.validation": 3, "isoflop.anomaly": 3, "isoflop.stop": 3, "isoflop.scores": 3,
-    "isoflop.harness": 3, "isoflop.cpu": 3,
+    "isoflop.harness": 3, "isoflop.cpu": 3, "isoflop.run_ahead": 3,
     "isoflop.garbage": 0, "isoflop.step_time": 2, "isoflop.profiling": 3, "isoflop.flight_recorder": 3,
     "isoflop.job": 4, "isoflop.outcome": 4, "isoflop.prepare": 4, "isoflop.pretrain": 4, "isoflop.resume": 4,
     "isoflop.measure": 4, "isoflop.plan": 4, "isoflop.export": 4, "isoflop.evaluate": 4,

@@ -37,7 +37,8 @@ def test_layer_norms_by_hand():
         model["layers"][0].weight.fill_(3.0)
         model["layers"][0].bias.fill_(0.0)
     model["layers"][0].weight.grad = torch.tensor([[3.0, 4.0]])
-    assert layer_norms(model) == {
+    norms = layer_norms(model)
+    assert norms.by_layer(norms.squares.tolist()) == {
         "grad_norms": {"layers.0": 5.0},
         "param_norms": {"embed": 2.0, "layers.0": pytest.approx(18**0.5)},
     }

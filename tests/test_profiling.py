@@ -1,17 +1,20 @@
 """Profiles of steps: arithmetic on synthetic events of a GPU, real traces of a CPU, runs that end early or cannot write."""
 
+import gc
 import gzip
 import importlib.util
 import json
 import resource
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, curve_of, launch, weights_of
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 from isoflop.profiling import SKIPPED_STEPS, profile_steps
+from isoflop.recipe_file import load_recipe
 from isoflop.step_time import Span, busy_us, category_of, summarize
 
 CPU = torch.device("cpu")
@@ -318,3 +321,39 @@ def test_the_flag_is_refused_where_it_can_trace_nothing(options, message, capsys
         script.main(["recipes/quickstart.yaml", *options])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# --- through the training command ---------------------------------------------------------------------------
+
+
+def test_a_profiled_run_trains_as_one_that_is_not(toy_recipe, run_in_process, undisturbed, capsys):
+    recipe = toy_recipe("profiled")
+    assert run_in_process(recipe, profile_steps=2) == 0
+    assert curve_of(recipe) == curve_of(undisturbed["llama"])
+    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+    folder = Path(recipe.output.run_dir) / "profile"
+    assert {file.name for file in folder.iterdir()} == {"rank-0.trace.json.gz", "summary.md", "summary.json"}
+    assert traced_steps(folder / "rank-0.trace.json.gz") == ["ProfilerStep#3", "ProfilerStep#4"]
+    categories = {row["name"] for row in json.loads((folder / "summary.json").read_text())["categories"]}
+    assert {"matrix products", "attention", "loss and head", "optimizer and clipping"} <= categories
+    assert capsys.readouterr().out.count("profile of rank 0: ") == 1
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_profile_longer_than_the_run_has_the_steps_that_were_trained(toy_recipe, run_in_process):
+    recipe = toy_recipe("short")
+    assert run_in_process(recipe, profile_steps=50) == 0
+    summary = json.loads((Path(recipe.output.run_dir) / "profile/summary.json").read_text())
+    assert summary["num_steps"] == 10 - SKIPPED_STEPS
+
+
+@pytest.mark.distributed
+def test_each_rank_writes_its_trace_and_one_prints(write_recipe):
+    file = write_recipe("two")
+    done = launch("2cpu_ddp", file, "--profile", "1")
+    folder = Path(load_recipe(file).output.run_dir) / "profile"
+    traces = {f"rank-{rank}.trace.json.gz" for rank in (0, 1)}
+    assert {path.name for path in folder.iterdir()} == traces | {"summary.md", "summary.json"}
+    assert (done.stdout + done.stderr).count("profile of rank 0: ") == 1
+    assert "communication" in {row["name"] for row in json.loads((folder / "summary.json").read_text())["categories"]}

@@ -14,6 +14,7 @@ from isoflop.distributed import build_accelerator
 from isoflop.job import build_job, check_data
 from isoflop.optim import build_optimizer
 from isoflop.resume import Progress
+from isoflop.run_ahead import Readback
 from isoflop.stop import StopRequest
 
 aten = torch.ops.aten
@@ -50,10 +51,27 @@ def plain_step(job, optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
-def test_a_step_waits_for_the_device_twice(job):
+def test_a_step_waits_for_the_device_once_for_all_its_numbers(job, monkeypatch):
+    reads = []
+    read = Readback.read
+    monkeypatch.setattr(Readback, "read", lambda values: reads.append(values) or read(values))
     with Operations() as seen:
         pretrain.train_step(job, Progress(step=1))
-    assert seen.counts[aten._local_scalar_dense] == 2  # the loss, the gradient norm
+    assert seen.counts[aten._local_scalar_dense] == 0  # no `.item()` or `float()` anywhere
+    assert len(reads) == 1
+
+
+def test_running_ahead_enqueues_the_next_gradients_before_the_values_are_read(job, monkeypatch):
+    order = []
+    monkeypatch.setattr(type(job), "runs_ahead", True)
+    read, sum_gradients = Readback.read, pretrain.sum_gradients
+    monkeypatch.setattr(Readback, "read", lambda values: order.append("read") or read(values))
+    monkeypatch.setattr(
+        pretrain, "sum_gradients", lambda job, step, batch: order.append(f"gradients {step}") or sum_gradients(job, step, batch)
+    )
+    for step in (1, 2, 3, 4):  # validation is due behind the fifth, the one that step 4 makes
+        pretrain.train_step(job, Progress(step=step))
+    assert order == ["gradients 1", "gradients 2", "read", "gradients 3", "read", "gradients 4", "read", "read"]
 
 
 def test_the_loop_adds_operations_on_single_numbers_alone(job):
@@ -63,9 +81,13 @@ def test_the_loop_adds_operations_on_single_numbers_alone(job):
     plain_step(job, optimizer)
     with Operations() as plain:
         plain_step(job, optimizer)
-    # Of a micro-batch: its loss into the sum. Of a step: the sum's zero, its copy for the reduction, two numbers for Python.
-    summing = {aten.detach: ACCUMULATION, aten.add_: ACCUMULATION}
-    assert ours.counts - plain.counts == Counter(summing | {aten.zeros: 1, aten.clone: 1, aten._local_scalar_dense: 2})
+    # Of a micro-batch: its loss into the sum. Of a step: the sum's zero, its copy for the reduction, both numbers together, and
+    # whether they are finite, as the flag that the update looks at.
+    summing = {aten.detach: ACCUMULATION, aten.add_: ACCUMULATION, aten.zeros: 1, aten.clone: 1}
+    added = ours.counts - plain.counts
+    assert {name: added[name] for name in summing} == summing
+    assert sum(added.values()) <= sum(summing.values()) + 12, added
+    assert added[aten.mm] == added[aten._local_scalar_dense] == 0
 
 
 def test_python_around_a_micro_batch_is_short(job):

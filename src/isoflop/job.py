@@ -36,6 +36,7 @@ from isoflop.modeling.loss import TrainingModel
 from isoflop.optim import build_optimizer
 from isoflop.publish.background import BackgroundPush
 from isoflop.recipe import Evaluation, Recipe, differences, require_whole_steps
+from isoflop.run_ahead import Ahead, Throttle, updates_unless_flagged
 from isoflop.run_folder import RunFolder
 from isoflop.scaling.laws import Forecast, Law, load_law
 from isoflop.stop import StopRequest, grace_s
@@ -76,6 +77,10 @@ class Job:
     """`harness.Downstream` where the recipe names tasks, else None: lm-eval takes seconds to import."""
     law: Law | None
     """What the run is held against."""
+    flags_updates: bool
+    """Whether a flag on the device keeps an update from happening, so that the host need not look first."""
+    throttle: Throttle
+    ahead: Ahead
     memory_before_bytes: int
     """Peak of the process before the model was built: on CPU interpreter and libraries, on a GPU nothing."""
 
@@ -83,6 +88,11 @@ class Job:
     def causal_lm(self) -> PreTrainedModel:
         """The stock model inside."""
         return self.training_model.causal_lm
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step's gradients are enqueued before the values of the step before are read. A CPU computes at once."""
+        return self.flags_updates and self.accelerator.device.type == "cuda"
 
     @property
     def inner_optimizer(self) -> Any:
@@ -170,8 +180,8 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
     tokenizer = AutoTokenizer.from_pretrained(Path(recipe.data.prepared_dir) / "tokenizer")
     training_model = build_training_model(recipe, facts.eos_token_id, facts.bos_token_id, accelerator.device)
     downstream = build_downstream(recipe.evaluation, training_model, tokenizer, accelerator, stop)
-    optimizer = build_optimizer(training_model, recipe.optimizer, accelerator.device)
-    model, optimizer = prepare_for_engine(training_model, optimizer, accelerator)
+    inner_optimizer = build_optimizer(training_model, recipe.optimizer, accelerator.device)
+    model, optimizer = prepare_for_engine(training_model, inner_optimizer, accelerator)
     prepared_dir = recipe.data.prepared_dir
     return Job(
         recipe=recipe,
@@ -193,6 +203,12 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
         push=BackgroundPush(RunFolder(recipe.output.run_dir)) if recipe.hub.repo_id and accelerator.is_main_process else None,
         downstream=downstream,
         law=law,
+        # How far a loss has jumped is judged on the host; DeepSpeed updates inside the backward pass.
+        flags_updates=updates_unless_flagged(inner_optimizer)
+        and launch.engine != "zero1"
+        and recipe.anomalies.spike_sigmas is None,
+        throttle=Throttle(accelerator.device),
+        ahead=Ahead(),
         memory_before_bytes=before,
     )
 
@@ -272,7 +288,8 @@ def build_training_model(
         for module in (*decoder_layers(causal_lm), *final_norms(causal_lm)):
             module.compile()
     document_end = eos_token_id if training.document_masking else None
-    return TrainingModel(causal_lm, document_end, training.kernels).to(device).train()
+    model = TrainingModel(causal_lm, document_end, training.kernels).train()
+    return model if device.type == "cpu" else model.to(device)
 
 
 def require_liger(device: torch.device) -> None:

@@ -9,7 +9,7 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -144,25 +144,40 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def layer_norms(model: nn.Module) -> dict[str, dict[str, float]]:
-    """L2 norms of gradients and parameters by layer; what lies outside the layers stands under its own module's name."""
-    squares: dict[str, dict[str, list[torch.Tensor]]] = {"grad_norms": {}, "param_norms": {}}
+class LayerNorms(NamedTuple):
+    """Squared L2 norms of every gradient and parameter, still on the device."""
+
+    squares: torch.Tensor
+    """(number of tensors,), fp32."""
+    places: list[tuple[str, str]]
+    """Kind ("grad_norms" or "param_norms") and layer of each."""
+
+    def by_layer(self, squares: list[float]) -> dict[str, dict[str, float]]:
+        """The norms of each kind by layer, of `squares` as they were read back."""
+        sums: dict[str, dict[str, float]] = {"grad_norms": {}, "param_norms": {}}
+        for (kind, layer), square in zip(self.places, squares, strict=True):
+            sums[kind][layer] = sums[kind].get(layer, 0.0) + square
+        return {kind: {layer: math.sqrt(total) for layer, total in layers.items()} for kind, layers in sums.items()}
+
+
+def layer_norms(model: nn.Module) -> LayerNorms:
+    """Norms of gradients and parameters by layer; what lies outside the layers stands under its own module's name. Collective
+    under FSDP2; waits for nothing."""
+    squares, places = [], []
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         numbered = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
         layer = ".".join(parts[numbered - 1 : numbered + 1]) if parts[numbered].isdigit() else parts[numbered]
-        squares["param_norms"].setdefault(layer, []).append(parameter.detach().float().square().sum())
-        if parameter.grad is not None:
-            squares["grad_norms"].setdefault(layer, []).append(parameter.grad.float().square().sum())
-    return {
-        kind: {layer: math.sqrt(sum(whole(value) for value in values)) for layer, values in layers.items()}
-        for kind, layers in squares.items()
-    }
+        for kind, tensor in (("param_norms", parameter.detach()), ("grad_norms", parameter.grad)):
+            if tensor is not None:
+                squares.append(full_tensor(tensor.float().square().sum()))
+                places.append((kind, layer))
+    return LayerNorms(torch.stack(squares), places)
 
 
-def whole(value: torch.Tensor) -> float:
-    """A scalar as a number, summed over the ranks where FSDP2 left it in parts. Collective then."""
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
+    """A scalar, summed over the ranks where FSDP2 left it in parts. Collective then; the host does not wait."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def draw_curve(

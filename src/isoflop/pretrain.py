@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import AbstractContextManager
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -20,25 +21,31 @@ from isoflop.cpu import keep_freed_memory
 from isoflop.data.order import derived_seed
 from isoflop.distributed import build_accelerator, command_typed, reduce_sum
 from isoflop.errors import UserError
+from isoflop.flight_recorder import describe_dumps, enable_flight_recorder
+from isoflop.garbage import StepCollector, collected_by_hand
 from isoflop.job import Job, build_job, check_data, describe, require_disk
-from isoflop.metrics import MetricsLog, Row, draw_curve, layer_norms, peak_memory_bytes, start_trackers, whole
+from isoflop.metrics import LayerNorms, MetricsLog, Row, draw_curve, full_tensor, layer_norms, peak_memory_bytes, start_trackers
 from isoflop.optim import learning_rate
 from isoflop.outcome import finish, forecast, push_to_hub, report, run_downstream, write_samples
+from isoflop.profiling import StepProfiler, profile_steps
 from isoflop.publish.upload import check_hub
 from isoflop.recipe import Output, Recipe, flatten
 from isoflop.recipe_file import to_yaml
 from isoflop.resume import NEWEST, Progress, load_checkpoint, roll_back, save_checkpoint
+from isoflop.run_ahead import Readback, update_unless
 from isoflop.run_folder import RunFolder
 from isoflop.stop import EXIT_RESUME, StopRequest, leave_after_lost_rank
 from isoflop.validation import bits_per_byte, validation_loss
 
 
-def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False, dry_run: bool = False) -> int:
+def pretrain(
+    recipe: Recipe, resume: str | None = None, eval_only: bool = False, dry_run: bool = False, profile_steps: int = 0
+) -> int:
     """Run a recipe to its end, or up to a signal; returns the exit code.
 
     `resume` None goes on from the newest whole checkpoint if there is one; `NEWEST` requires one; a step number takes
     that checkpoint. `eval_only` measures the checkpoint's validation loss; `dry_run` checks everything, does one step on
-    real data and writes nothing.
+    real data and writes nothing. `profile_steps` optimizer steps are traced into the run folder.
     """
     is_main = os.environ.get("RANK", "0") == "0"
     if any(int(os.environ.get(f"{launcher}_RESTART_COUNT", "0")) for launcher in ("TORCHELASTIC", "SLURM")):
@@ -54,11 +61,13 @@ def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False,
         check_hub(recipe.hub.repo_id, recipe)
     with StopRequest() as stop:
         manifest = check_data(recipe, every_byte=os.environ.get("LOCAL_RANK", "0") == "0")  # once a node: each may have a copy
+        if not (dry_run or eval_only):
+            enable_flight_recorder(folder.path)
         accelerator = build_accelerator(recipe.output)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         try:
-            code = carry_out(build_job(recipe, manifest, accelerator, stop), resume, eval_only, dry_run)
+            code = carry_out(build_job(recipe, manifest, accelerator, stop), resume, eval_only, dry_run, profile_steps)
         except RuntimeError as error:
             leave_after_lost_rank(error)
             raise
@@ -71,7 +80,7 @@ def pretrain(recipe: Recipe, resume: str | None = None, eval_only: bool = False,
     return code
 
 
-def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool) -> int:
+def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool, num_profiled: int) -> int:
     """Do with a job what was asked for; returns the exit code."""
     if dry_run:
         return check_only(job)
@@ -81,11 +90,14 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool) -> i
     if eval_only:
         return evaluate_only(job, progress)
     job.accelerator.print("\n".join(describe(job)))
+    if note := describe_dumps(job.folder.path):
+        job.accelerator.print(note)
     log = start(job, progress)
     try:
-        completed = train(job, log, progress)
-        job.saver.wait()
-        job.saver.close()
+        with collected_by_hand() as collector, profiler_of(job, log, num_profiled) as profiler:
+            completed = train(job, log, progress, profiler, collector)
+            job.saver.wait()  # before the profiler writes: within a grace period the checkpoint comes first
+            job.saver.close()
     finally:
         log.close()
     if completed:
@@ -105,7 +117,7 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool) -> i
     return EXIT_RESUME
 
 
-def train(job: Job, log: MetricsLog, progress: Progress) -> bool:
+def train(job: Job, log: MetricsLog, progress: Progress, profiler: StepProfiler, collector: StepCollector) -> bool:
     """The training loop. False when a signal ended it early, with a checkpoint of the last finished step."""
     job.stop.arm()
     settle_buckets(job)
@@ -127,7 +139,15 @@ def train(job: Job, log: MetricsLog, progress: Progress) -> bool:
             if not saved:
                 save_checkpoint(job, log, progress)
             return False
+        profiler.step()
+        collector.step()
     return True
+
+
+def profiler_of(job: Job, log: MetricsLog, num_steps: int) -> AbstractContextManager[StepProfiler]:
+    """The profiler of this rank, whose summary is printed above the progress bar."""
+    accelerator = job.accelerator
+    return profile_steps(job.folder.path, num_steps, accelerator.device, accelerator.process_index, log.say)
 
 
 def checkpoint_is_due(output: Output, step: int, last: int) -> bool:
@@ -138,23 +158,23 @@ def checkpoint_is_due(output: Output, step: int, last: int) -> bool:
 def train_step(job: Job, progress: Progress) -> Row | None:
     """The next optimizer step and its row for the metrics; None where a signal to any rank came in its middle.
 
-    The device is waited for once, for loss and gradient norm. A step with an anomaly leaves the weights as they are.
+    The device is waited for once, for loss and gradient norm; on a GPU with the next step's gradients enqueued behind them, where
+    nothing is due between the two. A step with an anomaly leaves the weights as they are.
     """
-    recipe, optimizer, started, step = job.recipe, job.optimizer, time.perf_counter(), progress.step
-    rate = learning_rate(step, job.num_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    summed = sum_gradients(job, step, step + progress.passed_over)
+    recipe, step, batch = job.recipe, progress.step, progress.step + progress.passed_over
+    started, summed = gradients_of(job, step, batch)
     if summed is None:
         return None
-    norms = layer_norms(job.causal_lm) if recipe.output.layer_norms else {}
-    grad_norm = whole(job.accelerator.clip_grad_norm_(job.model.parameters(), recipe.optimizer.max_grad_norm))
-    loss = reduce_sum(job.accelerator, summed) / (job.accumulation * job.accelerator.num_processes)
+    rate = learning_rate(step, job.num_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
+    values, norms = update(job, progress, summed, rate)
+    if job.runs_ahead and not something_is_due(recipe, step + 1, job.num_steps):
+        job.ahead.enqueued((step + 1, batch + 1), sum_gradients(job, step + 1, batch + 1))
+    loss_sum, grad_norm, *squares = values.read()
+    loss = loss_sum / (job.accumulation * job.accelerator.num_processes)
     if (anomaly := find_anomaly(progress.history, loss, grad_norm, recipe.anomalies)) is None:
         remember(progress.history, loss, grad_norm)
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=not isinstance(job.model, DistributedDataParallel))  # DDP's buckets are the gradients
-    tokens_per_s = recipe.training.tokens_per_step / (time.perf_counter() - started)
+    job.ahead.since = time.perf_counter()
+    tokens_per_s = recipe.training.tokens_per_step / (job.ahead.since - started)
     row = {
         "step": step + 1,
         "tokens": (step + 1) * recipe.training.tokens_per_step,
@@ -166,7 +186,60 @@ def train_step(job: Job, progress: Progress) -> Row | None:
         "mfu": job.mfu(tokens_per_s),
         "peak_memory_bytes": peak_memory_bytes(job.accelerator.device),
     }
-    return row | norms | ({"anomaly": anomaly} if anomaly else {})
+    return row | (norms.by_layer(squares) if norms else {}) | ({"anomaly": anomaly} if anomaly else {})
+
+
+def gradients_of(job: Job, step: int, batch: int) -> tuple[float, torch.Tensor | None]:
+    """When the device began a step, and the step's summed loss with its gradients in place: those enqueued ahead, or made now."""
+    ahead, key = job.ahead, (step, batch)
+    if ahead.holds(key):
+        ahead.key = None
+        return ahead.since, ahead.summed
+    if ahead.key is not None:  # a rollback went elsewhere
+        ahead.key = None
+        zero_gradients(job)
+    return time.perf_counter(), sum_gradients(job, step, batch)
+
+
+def update(job: Job, progress: Progress, summed: torch.Tensor, rate: float) -> tuple[Readback, LayerNorms | None]:
+    """Clip and update, unless loss or gradient norm is an anomaly. Returns these two, on their way from the device, and behind
+    them the squares of the layers' norms where the recipe asks for those.
+
+    Where the optimizer can be stopped by a flag on the device the host does not wait here.
+    """
+    recipe, optimizer = job.recipe, job.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    norms = layer_norms(job.causal_lm) if recipe.output.layer_norms else None
+    grad_norm = full_tensor(job.accelerator.clip_grad_norm_(job.model.parameters(), recipe.optimizer.max_grad_norm))
+    grad_norm = torch.as_tensor(grad_norm, dtype=summed.dtype, device=summed.device)  # DeepSpeed gives a number
+    judged = torch.stack([job.accelerator.reduce(summed, "sum"), grad_norm])
+    values = Readback(torch.cat([judged, *([norms.squares] if norms else [])]))
+    if job.flags_updates:
+        update_unless(~judged.isfinite().all(), job.inner_optimizer, optimizer.step)
+    else:
+        loss_sum, norm, *_ = values.read()
+        loss = loss_sum / (job.accumulation * job.accelerator.num_processes)
+        if find_anomaly(progress.history, loss, norm, recipe.anomalies) is None:
+            optimizer.step()
+    zero_gradients(job)
+    return values, norms
+
+
+def zero_gradients(job: Job) -> None:
+    """Let go of the gradients."""
+    job.optimizer.zero_grad(set_to_none=not isinstance(job.model, DistributedDataParallel))  # DDP's buckets are the gradients
+
+
+def something_is_due(recipe: Recipe, step: int, last: int) -> bool:
+    """Whether the state behind a step is saved or evaluated, so that the next step's gradients have to wait."""
+    evaluation = recipe.evaluation
+    every = [
+        evaluation.validate_every,
+        *evaluation.tasks.values(),
+        *([evaluation.sample_every] if evaluation.sample_every else []),
+    ]
+    return checkpoint_is_due(recipe.output, step, last) or any(step % interval == 0 for interval in every)
 
 
 def sum_gradients(job: Job, step: int, batch: int) -> torch.Tensor | None:
@@ -182,6 +255,7 @@ def sum_gradients(job: Job, step: int, batch: int) -> torch.Tensor | None:
             loss = model(micro_batch)
             accelerator.backward(loss)
             loss_sum += loss.detach()
+        job.throttle.mark()
     return loss_sum
 
 

@@ -34,6 +34,7 @@ class StopRequest:
         self.signal: str | None = None
         self._armed = False
         self._group: dist.ProcessGroup | None = None
+        self._asked: tuple[torch.Tensor, Any] | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._over = threading.Event()
         self._told, self._wakeup = socket.socketpair()
@@ -56,13 +57,14 @@ class StopRequest:
         self._wakeup.close()
         self._watcher.join()
         self._told.close()
-        self._group = None
+        self._group = self._asked = None
 
     def arm(self) -> None:
         """From here on a signal waits for the loop. Collective."""
         if dist.is_initialized():
-            # On the CPU: asking never waits for the device. A rank that is gone without a word (no power) is given up in time.
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))
+            # On the CPU: asking never waits for the device. A rank that is gone without a word (no power) is given up in time,
+            # but after NCCL's own 10 minutes, so that its flight recorder has been written.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=15))
         self._armed = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -84,12 +86,21 @@ class StopRequest:
             os._exit(EXIT_RESUME)
 
     def agreed(self) -> bool:
-        """Whether any rank was told to stop. Collective: every rank asks at the same point (under a millisecond)."""
+        """Whether any rank was told to stop, as of the previous call. Collective: every rank asks at the same points.
+
+        With several ranks each call starts a reduction and returns the result of the one before, which arrived meanwhile: no
+        rank waits for another that is less than a micro-batch behind.
+        """
         if self._group is None:
             return self.signal is not None
-        told = torch.tensor([float(self.signal is not None)])
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group)
-        return bool(told.item())
+        before = self._asked
+        flag = torch.tensor([float(self.signal is not None)])
+        self._asked = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        if before is None:
+            return False
+        agreed, reduction = before
+        reduction.wait()
+        return bool(agreed.item())
 
 
 def grace_s() -> float:
@@ -115,7 +126,7 @@ def end_with_parent() -> None:
 def leave_after_lost_rank(error: RuntimeError) -> None:
     """End this process at once where `error` says that another rank is gone: no collective would ever return.
 
-    gloo says so as soon as the other's connection closes. On GPUs too the stop request asks over gloo before each micro-batch.
+    gloo says so as soon as the other's connection closes. On GPUs too the stop request asks over gloo at each micro-batch.
     """
     lost = ("Connection closed by peer", "Connection reset by peer", "Read error", "Broken pipe", "Timed out waiting")
     if dist.is_initialized() and any(sign in str(error) for sign in lost):
