@@ -13,6 +13,7 @@ from isoflop.measure import tracked_memory_bytes
 from isoflop.recipe_file import load_recipe
 
 HERE = Path(__file__).parent
+RESULTS = Path("benchmarks/results")  # from the checkout's root, as all paths here
 TRACKED = ("llama2_1.36b", "gpt2_1.36b", "llama3_1.5b", "llama3_2.2b", "gpt2_124m", "modern_124m", "quickstart")
 MEASURED = (("quickstart", 8), ("quickstart", 32), ("gpt2_124m", 1), ("gpt2_124m", 2), ("modern_124m", 1), ("modern_124m", 2))
 # glibc then gives freed memory back at once, so that the process holds what its tensors hold.
@@ -51,6 +52,34 @@ def measured() -> list[str]:
     return table("recipe | micro-batch | checkpointing | predicted, bytes | process, bytes | predicted / process - 1", rows)
 
 
+def on_gpus(file: Path) -> list[str]:
+    """bf16 autocast on GPUs: the prediction against what torch's allocator held, from the rows of benchmarks/gpu.py."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    rows = [row for row in rows if row["part"] == "memory" and not row["rehearsal"] and "predicted_bytes" in row]
+    if not rows:
+        return [
+            "No GPU has been measured yet: no row of one is in `benchmarks/results`. On a machine with a GPU",
+            "`python benchmarks/gpu.py --only memory` makes them: four recipes at two micro-batches, with checkpointing and",
+            "without, eager and compiled. The aim is 5%.",
+        ]
+    lines = ["Against `torch.cuda.max_memory_allocated`; reserved is what the allocator took of the GPU for it."]
+    for machine in dict.fromkeys(row["machine"] for row in rows):
+        own = [row for row in rows if row["machine"] == machine]
+        cells = [
+            [f"`{row['case']}`", row["way"], f"{row['predicted_bytes']:,}", f"{row['allocated_bytes']:,}",
+             f"{row['reserved_bytes']:,}", f"{row['predicted_bytes'] / row['allocated_bytes'] - 1:+.2%}"]
+            for row in own
+        ]  # fmt: skip
+        header = "case | setting | predicted, bytes | allocated, bytes | reserved, bytes | predicted / allocated - 1"
+        commands = ", ".join(
+            f"`{command}` at {commit}" for command, commit in {(row["command"], row["commit"]): 0 for row in own}
+        )
+        versions = own[0]["versions"]
+        lines += ["", f"**{machine}**: {commands}; torch {versions['torch']}, transformers {versions['transformers']}.", ""]
+        lines += table(header, cells)
+    return lines
+
+
 def row(name: str, micro: int, checkpointing: str, predicted: int, found: int) -> list[str]:
     """One comparison."""
     return [name, str(micro), checkpointing, f"{predicted:,}", f"{found:,}", f"{predicted / found - 1:+.2%}"]
@@ -73,7 +102,7 @@ def page() -> str:
         "## bf16 autocast, as on one GPU",
         "",
         "Against PyTorch's `MemTracker`, which dispatches every operation of forward, chunked loss, backward and AdamW update",
-        "over tensors without storage. It sees no kernel's inner workspace; no GPU's allocator has been asked yet.",
+        "over tensors without storage. It sees no kernel's inner workspace.",
         "",
         *tracked(),
         "",
@@ -84,6 +113,10 @@ def page() -> str:
         "filled first and what libraries load on first use is added: some 50 MB either way, so the smallest recipe says little.",
         "",
         *measured(),
+        "",
+        "## On a GPU",
+        "",
+        *on_gpus(RESULTS / "gpu.jsonl"),
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,8 +2,12 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from conftest import ROOT, run_command
 
@@ -29,12 +33,12 @@ def performance():
 
 def test_every_command_is_there_and_listed():
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")}
-    assert scripts == {*COMMANDS, "rows", "ways"}
+    assert scripts == {*COMMANDS, "gpu", "rows", "ways"}
     readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    assert all(f"python benchmarks/{name}.py" in readme for name in COMMANDS)
+    assert all(f"python benchmarks/{name}.py" in readme for name in (*COMMANDS, "gpu"))
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, "gpu"])
 def test_it_starts(name):
     printed = run_command(sys.executable, f"benchmarks/{name}.py", "--help").stdout
     assert f"python benchmarks/{name}.py" in printed
@@ -80,6 +84,29 @@ def test_rows_of_the_same_case_are_replaced_and_others_kept(tmp_path, monkeypatc
     assert [(row["case"], row["figure"]) for row in written] == [("b", 2), ("a", 3)]
 
 
+def test_a_copy_without_git_is_of_an_unknown_commit(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import rows
+
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    assert rows.commit() == "unknown"
+    assert rows.about("abc")["commit"] == "abc"
+
+
+def test_a_matrix_product_is_of_random_numbers_and_its_rate_is_a_rate(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import step
+    import torch
+
+    assert (step.GPU_MATRIX, step.CPU_MATRIX) == (8192, 2048)
+    seen = []
+    multiply = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: (seen.append((a.std().item(), a.mean().item())), multiply(a, b, out=out)))
+    flops = step.matmul_flops(bf16=False, size=256)
+    assert 1e8 < flops < 1e13
+    assert all(0.9 < std < 1.1 and abs(mean) < 0.05 for std, mean in seen)
+
+
 def test_ways_take_turns_there_and_back(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import rows
@@ -96,6 +123,38 @@ def test_the_page_is_what_its_script_makes_of_the_rows(performance, monkeypatch)
     assert (ROOT / "docs/performance.md").read_text(encoding="utf-8") == performance.page()
 
 
+def test_the_gpu_sections_say_that_nothing_is_measured_yet_or_what_was(performance, tmp_path):
+    memory = importlib.util.module_from_spec(importlib.util.spec_from_file_location("memory", ROOT / "docs/memory.py"))
+    memory.__spec__.loader.exec_module(memory)
+    assert "No GPU has been measured yet" in performance.gpu(performance.gpu_rows(tmp_path))
+    assert "No GPU has been measured yet" in memory.on_gpus(tmp_path / "gpu.jsonl")[0]
+    about = {
+        "machine": "some H100", "commit": "abc", "command": "python benchmarks/gpu.py", "rehearsal": False,
+        "versions": {"torch": "2.11.0", "transformers": "5.17.0"},
+    }  # fmt: skip
+    rows = [
+        {"part": "correct", "case": "loss", "way": "fp32", "metric": "loss", "difference": 1e-6, "tolerance": 1e-5,
+         "passed": True},
+        {"part": "memory", "case": "gpt2_124m eager", "way": "micro-batch 32", "predicted_bytes": 1020, "allocated_bytes": 1000,
+         "reserved_bytes": 1100},
+        {"part": "speed", "case": "modern_124m", "way": "isoflop", "tokens_per_s": [400e3, 390e3, 410e3], "mfu": 0.4321,
+         "share_of_matmul": 0.55, "first_step_s": 21.0, "peak_memory_bytes": 2**34, "micro_batch_size": 32, "accumulation": 4},
+        {"part": "speed", "case": "machine", "way": "copy", "figure": 2999.0, "unit": "GB/s"},
+        {"part": "speed", "case": "llama2_1.36b float8", "skipped": "torchao is not installed"},
+        {"part": "rate", "case": "modern_124m", "way": "isoflop", "text": "Python's standard library",
+         "curve": [{"elapsed_s": 1.0, "tokens": 131072, "loss": 8.5}]},
+    ]  # fmt: skip
+    lines = "".join(json.dumps(row | about) + "\n" for row in rows)
+    rehearsed = json.dumps(rows[2] | about | {"way": "rehearsed", "rehearsal": True}) + "\n"
+    (tmp_path / "gpu.jsonl").write_text(lines + rehearsed, encoding="utf-8")
+    text = performance.gpu(performance.gpu_rows(tmp_path))
+    assert "**some H100**" in text
+    assert "| modern_124m | isoflop | 32 x 4 | 400,000 (390,000 to 410,000) | 43.2% | 55% | 21 | 16.0 |" in text
+    assert "- llama2_1.36b float8: torchao is not installed" in text
+    assert "rehearsed" not in text
+    assert "| `gpt2_124m eager` | micro-batch 32 | 1,020 | 1,000 | 1,100 | +2.00% |" in memory.on_gpus(tmp_path / "gpu.jsonl")
+
+
 def test_every_row_says_where_it_is_from(performance):
     for name in COMMANDS:
         rows = performance.rows_of(name)
@@ -105,3 +164,213 @@ def test_every_row_says_where_it_is_from(performance):
             assert row["command"].startswith(f"python benchmarks/{name}.py")
             assert row["machine"]
             assert "torch" in row["versions"]
+
+
+WORKER = """
+import argparse, json, os, subprocess, sys, time
+from pathlib import Path
+parser = argparse.ArgumentParser()
+parser.add_argument("--done", type=json.loads)
+parser.add_argument("--progress", type=Path)
+given = parser.parse_args()
+def say(**event):
+    with given.progress.open("a") as stream:
+        stream.write(json.dumps(event) + chr(10))
+plan = ["works", "crashes", "works alone", "hangs", "works too"]
+say(plan=plan)
+with open("starts", "a") as starts:
+    starts.write(json.dumps(given.done) + chr(10))
+for case in plan:
+    if case in given.done:
+        continue
+    say(begin=case, limit_s=0.5, at=time.time())
+    if case == "crashes":
+        print("the reason", file=sys.stderr, flush=True)
+        os.abort()
+    if case == "hangs":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        Path("child").write_text(str(child.pid))
+        time.sleep(600)
+    say(end=case, seconds=0.0)
+    if case == "works alone":
+        sys.exit()
+"""
+
+
+@pytest.fixture
+def gpu_parts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu_parts import results, runner
+
+    monkeypatch.setattr(runner, "GRACE_S", 0.3)
+    return results, runner
+
+
+def run_worker(runner, folder, script, seconds=60):
+    (folder / "worker.py").write_text(script, encoding="utf-8")
+    rows = []
+    command = [sys.executable, str(folder / "worker.py")]
+    good = runner.run_part("speed", command, folder / "log", time.time() + seconds, rows.extend, dict(os.environ))
+    return good, rows
+
+
+def test_a_crash_and_a_hang_cost_their_case_alone(gpu_parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good, rows = run_worker(gpu_parts[1], tmp_path, WORKER)
+    assert not good
+    assert [(row["part"], row["case"], row["error"].splitlines()[0]) for row in rows] == [
+        ("speed", "crashes", "the process ended with SIGABRT"), ("speed", "hangs", "not done after its limit of 0 s"),
+    ]  # fmt: skip
+    assert "the reason" in rows[0]["error"].splitlines()
+    starts = [json.loads(line) for line in (tmp_path / "starts").read_text().splitlines()]
+    assert starts[0] == []
+    assert starts[1] == ["works", "crashes"]
+    assert starts[2] == ["works", "crashes", "works alone"]  # it asked for a process of its own
+    assert starts[3] == ["works", "crashes", "works alone", "hangs"]
+    assert len(starts) == 4
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_the_time_does_not_reach_is_skipped(gpu_parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = WORKER.replace("limit_s=0.5", "limit_s=500").replace("os.abort()", "pass")
+    good, rows = run_worker(gpu_parts[1], tmp_path, script, seconds=1.5)
+    assert good
+    assert [(row["case"], "error" in row, row["skipped"][:23]) for row in rows] == [
+        ("hangs", False, "the part's time was up "), ("works too", False, "the part's time was up"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "said"), [("raise SystemExit('no CUDA')", "no CUDA"), ("", "the process ended without a plan of its cases")]
+)
+def test_a_worker_that_does_not_start_is_a_row_too(script, said, gpu_parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good, rows = run_worker(gpu_parts[1], tmp_path, script)
+    assert (good, [row["case"] for row in rows]) == (False, ["start"])
+    assert said in rows[0]["error"]
+
+
+def test_rows_of_an_earlier_run_are_replaced_case_by_case(gpu_parts, tmp_path):
+    results, _ = gpu_parts
+    for run, case, figure in ((1, "a", 1), (1, "b", 2), (2, "a", 3), (2, "a", 4)):
+        results.put(tmp_path, [{"part": "speed", "case": case, "way": "x", "figure": figure}], {"machine": "m", "run": run})
+    results.put(tmp_path, [{"part": "speed", "case": "a", "way": "x", "figure": 5}], {"machine": "other", "run": 3})
+    assert [(row["machine"], row["case"], row["figure"]) for row in results.read(tmp_path)] == [
+        ("m", "b", 2), ("m", "a", 3), ("m", "a", 4), ("other", "a", 5),
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.jsonl"]
+
+
+def test_lines_say_what_came_out(gpu_parts):
+    line_of, failed = gpu_parts[0].line_of, gpu_parts[0].failed
+    check = {"part": "correct", "case": "c", "way": "fp32", "metric": "loss", "tolerance": 1e-3}
+    rows = [check | {"difference": 5e-4, "passed": True}, check | {"way": "bf16", "difference": 2e-3, "passed": False}]
+    assert line_of(rows) == "1 of 2 checks passed; nearest to its tolerance: bf16, loss 0.002 (tolerance 0.001)"
+    assert list(map(failed, rows)) == [False, True]
+    assert (
+        line_of([{"part": "speed", "case": "c", "error": "Traceback\n\nRuntimeError: broken\n"}])
+        == "FAILED: RuntimeError: broken"
+    )
+    assert line_of([{"part": "speed", "case": "c", "skipped": "torchao is not installed"}]) == "skipped: torchao is not installed"
+    memory = {"part": "memory", "case": "m", "way": "micro-batch 8", "predicted_bytes": 102, "allocated_bytes": 100}
+    assert line_of([memory]) == "micro-batch 8 +2.0%"
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("gpu_benchmark", BENCHMARKS / "gpu.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+def test_the_minutes_are_shared_and_what_is_left_goes_on(gpu):
+    assert gpu.limits(["correct", "memory", "speed", "rate"], 0.0, 480.0) == {
+        "correct": 120.0, "memory": 180.0, "speed": 420.0, "rate": 480.0,
+    }  # fmt: skip
+    assert gpu.limits(["memory", "rate"], 100.0, 200.0) == {"memory": 150.0, "rate": 200.0}
+
+
+def test_the_package_is_found_where_it_is_not_installed(gpu, tmp_path):
+    folder = gpu.link_package(tmp_path / "package")
+    code = "import isoflop.modeling.loss, importlib.metadata as m; print(isoflop.__file__, m.version('isoflop'))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, check=True
+    ).stdout.split()
+    import isoflop
+
+    assert found == [str(folder / "isoflop/__init__.py"), isoflop.__version__]
+
+
+def test_without_a_gpu_it_says_what_to_do(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "torch finds no CUDA device; run this on a machine with a GPU, or add --rehearse" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """The rows of every part at toy size, and what was printed: some two minutes."""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    done = run_command(sys.executable, "benchmarks/gpu.py", "--rehearse", "--out", folder, timeout=1500)
+    rows = [json.loads(line) for line in (folder / "gpu.jsonl").read_text(encoding="utf-8").splitlines()]
+    return folder, rows, done.stdout
+
+
+def test_the_rehearsal_reaches_every_case_without_an_error(rehearsed):
+    folder, rows, printed = rehearsed
+    assert [row for row in rows if "error" in row] == []
+    cases = {part: [row["case"] for row in rows if row["part"] == part] for part in ("correct", "memory", "speed", "rate")}
+    assert set(cases["correct"]) == {
+        "loss", "models", "documents", "models compiled", "quickstart", "resume after kill -9", "dry run modern_124m",
+        "dry run llama2_1.36b", "dry run llama3_1.5b",
+    }  # fmt: skip
+    recipes = ("modern_124m", "gpt2_124m", "llama2_1.36b", "llama3_1.5b")
+    assert set(cases["memory"]) == {f"{name} {how}" for name in recipes for how in ("eager", "compiled")}
+    levers = {"machine", "trace modern_124m", "loss", "attention", "optimizer", "modern_124m eager", "modern_124m Trainer"}
+    assert set(cases["speed"]) >= {*recipes, *levers, "modern_124m liger", "llama2_1.36b float8", "gpt2_124m nanoGPT"}
+    assert cases["rate"] == ["modern_124m"]
+    assert all({"machine", "commit", "versions", "command", "run"} <= set(row) and row["rehearsal"] for row in rows)
+    assert len(list(folder.iterdir())) <= 8
+    table = printed[printed.index("\npart ") :].strip().splitlines()
+    assert len(table) <= 100
+
+
+def test_every_check_of_the_rehearsal_passes_and_says_its_tolerance(rehearsed):
+    checks = [row for row in rehearsed[1] if "tolerance" in row]
+    assert {row["case"] for row in checks} == {row["case"] for row in rehearsed[1] if row["part"] == "correct"}
+    assert all(row["passed"] and row["difference"] <= row["tolerance"] and row["reason"] for row in checks)
+    resumed = [row for row in checks if row["case"] == "resume after kill -9"]
+    assert {row["resumed_from_step"] for row in resumed} <= {5, 10}
+    assert resumed[0]["killed_at_step"] == 13
+    ways = {row["way"] for row in checks if row["case"] == "models compiled"}
+    assert ways == {f"{family} {bits} compiled" for family in ("gpt2", "llama", "hybrid") for bits in ("fp32", "bf16")}
+
+
+def test_what_the_rehearsal_measures(rehearsed):
+    _, rows, _ = rehearsed
+    memory = [row for row in rows if row["part"] == "memory" and not row["compiled"]]
+    assert len(memory) == 4 * 2  # both micro-batches, with checkpointing and without
+    assert all(abs(row["predicted_bytes"] / row["allocated_bytes"] - 1) < 0.05 for row in memory)
+    loops = [row for row in rows if "tokens_per_s" in row]
+    assert {row["way"] for row in loops} == {"isoflop", "bare", "transformers", "trainer"}
+    by_case = {row["case"]: row for row in loops}
+    assert by_case["modern_124m"]["loss"] == pytest.approx(by_case["modern_124m bare loop"]["loss"], abs=1e-3)
+    assert all(row["share_of_matmul"] > 0 and row["step_s"][1] <= row["step_s"][0] <= row["step_s"][2] for row in loops)
+    kernels = [row for row in rows if row["case"] == "trace modern_124m" and "kernel" in row]
+    assert len(kernels) == 10
+    assert (rehearsed[0] / "gpu_trace.json.gz").stat().st_size < 16 * 2**20
+    (rate,) = (row for row in rows if row["part"] == "rate")
+    assert 1 <= len(rate["curve"]) <= 100
+    assert all(point["loss"] > 0 for point in rate["curve"])
+    skipped = {row["case"]: row["skipped"] for row in rows if "skipped" in row}
+    assert skipped["gpt2_124m nanoGPT"] == "no checkout of nanoGPT is named: --nanogpt PATH"

@@ -67,7 +67,7 @@ class Case(NamedTuple):
         """Seconds after which it counts as hanging."""
         if self.to_the_end:
             return max(120.0, context.ends_at - time.time())
-        return 120.0 if context.rehearse else 30 + 3 * self.needs_s
+        return 300.0 if context.rehearse else 30 + 3 * self.needs_s
 
 
 def lacking(*modules: str) -> str | None:

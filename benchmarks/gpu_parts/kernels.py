@@ -85,7 +85,8 @@ def loss(context: Context, emit: Emit, name: str) -> None:
     def library() -> None:
         work(lambda: library_loss.linear_cross_entropy_sum(hidden, weight, targets))
 
-    timed(context, emit, f"{name}: library" + (", compiled softmax" if lacking("triton") is None else ""), library, **facts)
+    compiled = device.type == "cuda" and lacking("triton") is None
+    timed(context, emit, f"{name}: library" + (", compiled softmax" if compiled else ""), library, **facts)
     with mock.patch.object(library_loss, "_has_triton", return_value=False):
         timed(context, emit, f"{name}: library, eager softmax", library, **facts)
     liger = lacking("liger_kernel") or (None if device.type == "cuda" else "Liger's kernels run on GPUs")

@@ -4,6 +4,7 @@ checkpointing and without, eager and compiled."""
 from __future__ import annotations
 
 import gc
+import itertools
 from typing import Any
 
 import torch
@@ -43,31 +44,33 @@ def measure(context: Context, emit: Emit, name: str, compiled: bool) -> None:
         model = build_training_model(recipe, eos_token_id=0, bos_token_id=None, device=context.device)
     optimizer = build_optimizer(model, recipe.optimizer, context.device)
     launch = cost.Launch("1gpu", "single", gpu=on_gpu)
-    for checkpointing in (False, True):
+    settings = list(itertools.product((False, True), (1.0, 0.5)))
+    if context.rehearse:  # the tracker takes seconds for each
+        settings = [(True, 1.0)] if compiled else [(False, 1.0), (True, 0.5)]
+    for checkpointing, scale in settings:
         if checkpointing:
             model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        for scale in (1.0,) if context.rehearse and compiled else (1.0, 0.5):
-            size = max(1, int(recipe.training.micro_batch_size * scale))
-            changed = {"micro_batch_size": size, "activation_checkpointing": checkpointing}
-            changed["tokens_per_step"] = MICRO_BATCHES * size * recipe.training.sequence_length
-            own = recipe.model_copy(update={"training": recipe.training.model_copy(update=changed)})
-            predicted = cost.predicted_memory(own.model, own.training, own.optimizer, launch)
-            way = f"micro-batch {size}" + (" checkpointed" if checkpointing else "")
-            facts = {"way": way, "micro_batch_size": size, "checkpointing": checkpointing, "compiled": compiled}
-            if on_gpu and predicted.total > torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved():
-                emit(**facts, skipped=f"{predicted.total:,} bytes predicted, more than this GPU has left")
-                continue
-            allocated, reserved = peak_of_steps(model, optimizer, own, context.device)
-            measured_by = "torch.cuda.max_memory_allocated"
-            if not on_gpu:
-                allocated, measured_by = (
-                    tracked_memory_bytes(own, bf16=True),
-                    "torch's tracker over an eager model without storage",
-                )
-            emit(
-                **facts, predicted_bytes=predicted.total, parts=predicted._asdict(), allocated_bytes=allocated - before,
-                reserved_bytes=reserved, held_before_bytes=before, measured_by=measured_by,
-            )  # fmt: skip
+        size = max(1, int(recipe.training.micro_batch_size * scale))
+        changed = {"micro_batch_size": size, "activation_checkpointing": checkpointing}
+        changed["tokens_per_step"] = MICRO_BATCHES * size * recipe.training.sequence_length
+        own = recipe.model_copy(update={"training": recipe.training.model_copy(update=changed)})
+        predicted = cost.predicted_memory(own.model, own.training, own.optimizer, launch)
+        way = f"micro-batch {size}" + (" checkpointed" if checkpointing else "")
+        facts = {"way": way, "micro_batch_size": size, "checkpointing": checkpointing, "compiled": compiled}
+        if on_gpu and predicted.total > torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved():
+            emit(**facts, skipped=f"{predicted.total:,} bytes predicted, more than this GPU has left")
+            continue
+        allocated, reserved = peak_of_steps(model, optimizer, own, context.device)
+        measured_by = "torch.cuda.max_memory_allocated"
+        if not on_gpu:
+            allocated, measured_by = (
+                tracked_memory_bytes(own, bf16=True),
+                "torch's tracker over an eager model without storage",
+            )
+        emit(
+            **facts, predicted_bytes=predicted.total, parts=predicted._asdict(), allocated_bytes=allocated - before,
+            reserved_bytes=reserved, held_before_bytes=before, measured_by=measured_by,
+        )  # fmt: skip
 
 
 def peak_of_steps(model: Any, optimizer: torch.optim.Optimizer, recipe: Recipe, device: torch.device) -> tuple[int, int]:

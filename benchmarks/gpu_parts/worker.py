@@ -9,7 +9,10 @@ import argparse
 import faulthandler
 import importlib
 import json
+import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -31,6 +34,7 @@ def main() -> None:
     parser.add_argument("--progress", type=Path, required=True)
     given = parser.parse_args()
     settings = json.loads(given.settings)
+    threading.Thread(target=die_with_parent, args=(os.getppid(),), daemon=True).start()
 
     import torch
 
@@ -46,6 +50,13 @@ def main() -> None:
     for case in plan:
         if case.name not in given.done and run_case(case, context, given.part, settings["about"], given.progress):
             return
+
+
+def die_with_parent(parent: int) -> None:
+    """Kill this process's group when whoever started it is gone: nobody would at a limit."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def run_case(case: Any, context: Any, part: str, about: results.Row, progress: Path) -> bool:
