@@ -50,7 +50,8 @@ class MetricsLog:
             raise UserError(f"{self._file}: {error}; free some space, then the same command goes on") from None
         shown = {"loss": "n/a" if row["loss"] is None else f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_s']:,.0f}"}
         if row["val_loss"] is not None:
-            self._progress.write(f"step {row['step']}: validation loss {row['val_loss']:.4f}, training loss {row['loss']:.4f}")
+            loss = "n/a" if row["loss"] is None else f"{row['loss']:.4f}"  # of a step whose update was skipped
+            self._progress.write(f"step {row['step']}: validation loss {row['val_loss']:.4f}, training loss {loss}")
         self._progress.set_postfix(shown, refresh=False)
         self._progress.update(row["step"] - self._progress.n)
 
