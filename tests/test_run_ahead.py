@@ -83,10 +83,10 @@ def test_the_host_waits_for_the_micro_batch_two_before(monkeypatch):
             waited.append(self.number)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    throttle = Throttle(torch.device("cuda"))
+    throttle = Throttle()
     for _ in range(5):
-        throttle.mark()
+        throttle.mark(torch.device("cuda"))
     assert waited == [1, 2, 3]
     assert run_ahead.MICRO_BATCHES_AHEAD == 2
-    Throttle(torch.device("cpu")).mark()
+    throttle.mark(torch.device("cpu"))
     assert Event.count == 5

@@ -38,6 +38,8 @@ class Gpu(NamedTuple):
 
 PCIE4, PCIE5 = 32e9, 64e9  # x16, one direction, as datasheets round it: half of the 64 and 128 GB/s they print
 NVLINK3, NVLINK4, NVLINK5 = 300e9, 450e9, 900e9  # half of the bidirectional 600, 900 and 1,800 GB/s of the datasheets
+# Assumption: what collectives of hundreds of MB reach of those; PCIe 4 is seen at about 20 of 32 GB/s between two cards.
+LINK_SHARE_REACHED = 0.6
 NVLINK_EXPORT = 200e9  # A800, H800: half of 400 GB/s
 H100_NVL_BRIDGE = 300e9  # half of 600 GB/s, between the two cards of a pair
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,10 @@ class Job:
     """What the run is held against."""
     flags_updates: bool
     """Whether a flag on the device keeps an update from happening, so that the host need not look first."""
-    throttle: Throttle
-    ahead: Ahead
     memory_before_bytes: int
     """Peak of the process before the model was built: on CPU interpreter and libraries, on a GPU nothing."""
+    throttle: Throttle = field(default_factory=Throttle)
+    ahead: Ahead = field(default_factory=Ahead)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -207,8 +207,6 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
         flags_updates=updates_unless_flagged(inner_optimizer)
         and launch.engine != "zero1"
         and recipe.anomalies.spike_sigmas is None,
-        throttle=Throttle(accelerator.device),
-        ahead=Ahead(),
         memory_before_bytes=before,
     )
 

@@ -255,7 +255,7 @@ def sum_gradients(job: Job, step: int, batch: int) -> torch.Tensor | None:
             loss = model(micro_batch)
             accelerator.backward(loss)
             loss_sum += loss.detach()
-        job.throttle.mark()
+        job.throttle.mark(accelerator.device)
     return loss_sum
 
 

@@ -23,12 +23,12 @@ MICRO_BATCHES_AHEAD = 2
 class Throttle:
     """Holds the host back where it is more than `MICRO_BATCHES_AHEAD` micro-batches ahead of the GPU; nothing on a CPU."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._events = device, deque[Any]()
+    def __init__(self) -> None:
+        self._events = deque[Any]()
 
-    def mark(self) -> None:
+    def mark(self, device: torch.device) -> None:
         """Count a micro-batch that was enqueued, and wait for the one `MICRO_BATCHES_AHEAD` before it."""
-        if self._device.type != "cuda":
+        if device.type != "cuda":
             return
         event = torch.cuda.Event()
         event.record()

@@ -12,7 +12,7 @@ from isoflop.errors import UserError, nearest
 from isoflop.families import PUBLISHED_MODELS, Family, at_sequence_length, family
 from isoflop.plan import text
 from isoflop.plan.budgets import GpuTime, plan_budget
-from isoflop.plan.launches import config_of, is_gpu, known_launches
+from isoflop.plan.launches import config_of, known_launches
 from isoflop.plan.options import check, mode_of, parser
 from isoflop.plan.recipes import COMPUTE_OPTIMAL, Machine, machines, plan_recipe, shape
 from isoflop.plan.written import Target, recipe_for, write_recipe
@@ -125,8 +125,8 @@ def _with_recipe(
 def _launch(options: argparse.Namespace) -> cost.Launch:
     """The launch config for so many GPUs, the one that shards most where there are several; DDP where there is none."""
     num_gpus = options.gpus or 1
-    there = [x for x in known_launches(num_gpus) if x.num_processes == num_gpus and is_gpu(x) and config_of(x).is_file()]
-    ddp = cost.Launch(f"{num_gpus}gpu_ddp", "ddp", num_gpus)
+    there = [x for x in known_launches(num_gpus) if x.num_processes == num_gpus and x.gpu and config_of(x).is_file()]
+    ddp = cost.Launch(f"{num_gpus}gpu_ddp", "ddp", num_gpus, gpu=True)
     return max(there, key=lambda launch: launch.shards, default=ddp)
 
 

@@ -16,14 +16,14 @@ def read_launch(path: Path) -> Launch:
     """One launch config. Raises `UserError` for an engine that has no memory prediction."""
     config: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
     kind, processes = str(config["distributed_type"]), int(config.get("num_processes", 1))
-    bf16 = config.get("mixed_precision") == "bf16"
+    bf16, gpu = config.get("mixed_precision") in ("bf16", "fp8"), "cpu" not in path.stem  # configs for a CPU say so in their name
     if kind == "FSDP":
         replicas = int(config.get("parallelism_config", {}).get("parallelism_config_dp_replicate_size", 1))
-        return Launch(path.stem, "fsdp2", processes, bf16, processes // replicas)
+        return Launch(path.stem, "fsdp2", processes, bf16, processes // replicas, gpu)
     if kind == "DEEPSPEED" and config.get("deepspeed_config", {}).get("zero_stage") == 1:
-        return Launch(path.stem, "zero1", processes, bf16, processes)
+        return Launch(path.stem, "zero1", processes, bf16, processes, gpu)
     if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        return Launch(path.stem, "ddp" if processes > 1 else "single", processes, bf16)
+        return Launch(path.stem, "ddp" if processes > 1 else "single", processes, bf16, gpu=gpu)
     raise UserError(f"{path}: distributed_type {kind} is neither one process, DDP, DeepSpeed ZeRO stage 1 nor FSDP")
 
 
@@ -35,16 +35,11 @@ def config_of(launch: Launch) -> Path:
 def known_launches(num_gpus: int) -> list[Launch]:
     """The launch configs of this checkout, and every engine on `num_gpus` GPUs that none of them has."""
     launches = [read_launch(path) for path in sorted(FOLDER.glob("*.yaml"))]
-    there = {(launch.engine, launch.num_processes) for launch in launches if is_gpu(launch)}
+    there = {(launch.engine, launch.num_processes) for launch in launches if launch.gpu}
     engines: tuple[Engine, ...] = ("ddp", "zero1", "fsdp2") if num_gpus > 1 else ("single",)
     for engine in engines:
         if (engine, num_gpus) not in there:
             shards = 1 if engine in ("single", "ddp") else num_gpus
             name = f"{num_gpus}gpu" if engine == "single" else f"{num_gpus}gpu_{engine}"
-            launches.append(Launch(name, engine, num_gpus, True, shards))
-    return sorted(launches, key=lambda launch: (is_gpu(launch), launch.num_processes))
-
-
-def is_gpu(launch: Launch) -> bool:
-    """Whether a launch runs on GPUs; configs for the CPU say so in their name."""
-    return "cpu" not in launch.name
+            launches.append(Launch(name, engine, num_gpus, True, shards, gpu=True))
+    return sorted(launches, key=lambda launch: (launch.gpu, launch.num_processes))

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from isoflop import cost, hardware
 from isoflop.data.manifest import FILE_NAME, read_manifest
 from isoflop.errors import UserError
-from isoflop.plan.launches import config_of, is_gpu, known_launches
-from isoflop.recipe import Model, Recipe
+from isoflop.plan.launches import config_of, known_launches
+from isoflop.recipe import Model, Optimizer, Recipe, Training
 from isoflop.recipe_data import HubSource
 from isoflop.scaling.laws import PUBLISHED, Law, critical_batch_tokens, effective_tokens, load_law
 
@@ -23,7 +23,12 @@ STATED_TOKENS = {
 }
 SHOWN_GPUS = ("rtx5090", "a6000", "a100", "h20", "h100", "h200")
 COMPUTE_OPTIMAL = 20  # tokens per parameter: the rule of thumb from Hoffmann et al. 2022, table 3
-ARITHMETIC: dict[str, cost.Arithmetic] = {"autocast": "autocast", "ZeRO-1, FSDP2": "bf16", "CPU": "fp32"}
+LAYERS_ON = {  # who keeps which activations
+    "one GPU, DDP": cost.Launch("", "single", gpu=True),
+    "ZeRO-1, FSDP2": cost.Launch("", "fsdp2", gpu=True),
+    "CPU": cost.Launch("", "single", bf16=False),
+    "CPU in bf16": cost.Launch("", "single"),
+}
 WORTH_SAYING_NATS = 0.01  # about what two seeds of one run differ by
 FAR_ABOVE_CRITICAL = 2  # twice the critical batch: three times the tokens of a small-batch run (1 + B / B_crit)
 
@@ -46,6 +51,11 @@ class Machine(NamedTuple):
             return None, "n/a: not known for this hardware; give --mfu, or add --measure there"
         row = hardware.mfu_row(self.name, parameters)
         return row.mfu, row.source
+
+    def link_seconds(self, count: float) -> float | None:
+        """Seconds that sending so many bytes to the other GPUs of the machine takes; None for hardware that is not known."""
+        gpu = hardware.GPUS.get(self.name)
+        return gpu and count / (hardware.LINK_SHARE_REACHED * gpu.link_bytes_per_s)
 
     def hours(self, flops: float, parameters: float, num_gpus: int = 1) -> float | None:
         """Hours of a run, None where the MFU is not known."""
@@ -103,8 +113,8 @@ def size(recipe: Recipe) -> dict[str, Any]:
         "micro_batch_size": training.micro_batch_size,
         "micro_batch_tokens": training.micro_batch_size * training.sequence_length,
         "activation_bytes_per_token_and_layer": {
-            who: cost.layer_activation_bytes(model, training.sequence_length, arithmetic)
-            for who, arithmetic in ARITHMETIC.items()
+            who: cost.layer_activation_bytes(model, training.sequence_length, on.arithmetic, on.compiles(training))
+            for who, on in LAYERS_ON.items()
         },
         "moments_bytes_per_parameter": cost.optimizer_bytes_per_parameter(recipe.optimizer),
         "activation_checkpointing": training.activation_checkpointing,
@@ -186,7 +196,7 @@ def needs(
     model, training, optimizer = recipe.model, recipe.training, recipe.optimizer
     launches = known_launches(num_gpus)
     parts = {x.name: cost.predicted_memory(model, training, optimizer, x) for x in launches}
-    on_gpu = [launch for launch in launches if is_gpu(launch)]
+    on_gpu = [launch for launch in launches if launch.gpu]
     n, flops = plan["parameters"]["total"], plan["flops"]
     gpu_hours = {kind.name: kind.hours(flops, n) for kind in kinds}
     return {
@@ -208,12 +218,42 @@ def needs(
             }
             for launch in on_gpu
         },
+        "communication": communication(model, training, optimizer, on_gpu, kinds),
         "mfu": mfu_of(kinds, n),
         "peak_flops_per_s": {kind.name: kind.peak_flops_per_s for kind in kinds},
         "hours": {x.name: {kind.name: kind.hours(flops, n, x.num_processes) for kind in kinds} for x in on_gpu},
         "gpu_hours": gpu_hours,
         "dollars": dollars_of(gpu_hours, price_per_gpu_hour),
     }
+
+
+def communication(
+    model: Model, training: Training, optimizer: Optimizer, launches: list[cost.Launch], kinds: list[Machine]
+) -> list[dict[str, Any]]:
+    """Of every launch of several GPUs in one machine: what each GPU sends in a step, memory, and on each kind of GPU how long it
+    takes and computes beside it, nothing overlapping. FSDP2 with either reduction, and for which kinds `auto` chooses it."""
+    rows = []
+    for launch in launches:
+        windows, rest = divmod(
+            training.tokens_per_step, training.micro_batch_size * training.sequence_length * launch.num_processes
+        )
+        if launch.num_processes == 1 or rest or not windows or "node" in launch.name:
+            continue
+        reductions: tuple[cost.Reduction, ...] = ("step", "micro_batch") if launch.engine == "fsdp2" else ("step",)
+        for reduction in reductions:
+            variant = launch._replace(reduction=reduction)
+            sent = cost.communicated_bytes(model, training, variant)
+            row: dict[str, Any] = {"launch": launch.name, "reduction": reduction, "bytes_per_step": sent}
+            row["memory_bytes"] = cost.predicted_memory(model, training, optimizer, variant).total
+            row["seconds_per_step"] = {kind.name: kind.link_seconds(sent) for kind in kinds}
+            row["chosen"] = [
+                kind.name
+                for kind in kinds
+                if kind.memory_bytes
+                and cost.with_reduction(launch, model, training, optimizer, kind.memory_bytes).reduction == reduction
+            ]
+            rows.append(row)
+    return rows
 
 
 def mfu_of(kinds: list[Machine], parameters: float) -> dict[str, dict[str, Any]]:

@@ -35,9 +35,9 @@ def span(interval: tuple[float, float] | None) -> str:
 
 def recipe_text(plan: dict[str, Any]) -> str:
     """The whole of one recipe's plan."""
-    blocks = [_size(plan), _promise(plan), _memory(plan), _time(plan), warnings_text(plan)]
+    blocks = [_size(plan), _promise(plan), _memory(plan), _communication(plan), _time(plan), warnings_text(plan)]
     if plan.get("measured"):
-        blocks.insert(4, _measured(plan))
+        blocks.insert(5, _measured(plan))
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -115,6 +115,31 @@ def _memory(plan: dict[str, Any]) -> str:
         f"  activations: {activations}",
         "  loss: last norm to cross-entropy, the head's gradient and one chunk of logits",
         "  total: the peak of tensors; it fits under 95% of what the GPU has less 1 GiB for the CUDA context",
+    ])  # fmt: skip
+
+
+def _communication(plan: dict[str, Any]) -> str:
+    kinds, flops = list(plan["gpu_hours"]), plan["tokens_per_step"] * plan["flops_per_token"]
+    rows = []
+    for row in plan["communication"]:
+        cells = []
+        for kind, seconds in row["seconds_per_step"].items():
+            mfu, processes = plan["mfu"][kind]["mfu"], plan["launches"][row["launch"]]["num_processes"]
+            share = f" ({seconds / (flops / (processes * mfu * plan['peak_flops_per_s'][kind])):.0%})" if mfu and seconds else ""
+            chosen = (
+                "*" if kind in row["chosen"] and row["launch"] in {x["launch"] for x in plan["communication"] if x != row} else ""
+            )
+            cells.append("n/a" if seconds is None else f"{seconds:.2f} s{share}{chosen}")
+        when = "once a step" if row["reduction"] == "step" else "every micro-batch"
+        rows.append([row["launch"], when, gib(row["memory_bytes"]), f"{row['bytes_per_step'] / 1e9:.1f}", *cells])
+    if not rows:
+        return ""
+    return "\n".join([
+        "between GPUs of one machine, a step: GB that each sends; seconds = GB /"
+        f" ({hardware.LINK_SHARE_REACHED:.0%} of the link's datasheet rate, an assumption), in brackets over the time that it"
+        " computes; part of it overlaps",
+        table(["launch", "gradients reduced", "GiB", "GB", *kinds], rows),
+        "  *: what training.gradient_reduction = auto chooses: once a step where unsharded gradients, 4N bytes, fit",
     ])  # fmt: skip
 
 
