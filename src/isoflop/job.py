@@ -77,8 +77,6 @@ class Job:
     """`harness.Downstream` where the recipe names tasks, else None: lm-eval takes seconds to import."""
     law: Law | None
     """What the run is held against."""
-    flags_updates: bool
-    """Whether a flag on the device keeps an update from happening, so that the host need not look first."""
     memory_before_bytes: int
     """Peak of the process before the model was built: on CPU interpreter and libraries, on a GPU nothing."""
     throttle: Throttle = field(default_factory=Throttle)
@@ -88,6 +86,15 @@ class Job:
     def causal_lm(self) -> PreTrainedModel:
         """The stock model inside."""
         return self.training_model.causal_lm
+
+    @property
+    def flags_updates(self) -> bool:
+        """Whether a flag on the device keeps an update from happening, so that the host need not look first.
+
+        How far a loss has jumped is judged on the host, and DeepSpeed updates inside the backward pass.
+        """
+        judged_on_host = self.recipe.anomalies.spike_sigmas is not None or self.launch.engine == "zero1"
+        return not judged_on_host and updates_unless_flagged(self.inner_optimizer)
 
     @property
     def runs_ahead(self) -> bool:
@@ -180,8 +187,8 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
     tokenizer = AutoTokenizer.from_pretrained(Path(recipe.data.prepared_dir) / "tokenizer")
     training_model = build_training_model(recipe, facts.eos_token_id, facts.bos_token_id, accelerator.device)
     downstream = build_downstream(recipe.evaluation, training_model, tokenizer, accelerator, stop)
-    inner_optimizer = build_optimizer(training_model, recipe.optimizer, accelerator.device)
-    model, optimizer = prepare_for_engine(training_model, inner_optimizer, accelerator)
+    optimizer = build_optimizer(training_model, recipe.optimizer, accelerator.device)
+    model, optimizer = prepare_for_engine(training_model, optimizer, accelerator)
     prepared_dir = recipe.data.prepared_dir
     return Job(
         recipe=recipe,
