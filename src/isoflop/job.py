@@ -210,10 +210,6 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
         push=BackgroundPush(RunFolder(recipe.output.run_dir)) if recipe.hub.repo_id and accelerator.is_main_process else None,
         downstream=downstream,
         law=law,
-        # How far a loss has jumped is judged on the host; DeepSpeed updates inside the backward pass.
-        flags_updates=updates_unless_flagged(inner_optimizer)
-        and launch.engine != "zero1"
-        and recipe.anomalies.spike_sigmas is None,
         memory_before_bytes=before,
     )
 
