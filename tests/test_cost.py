@@ -150,6 +150,53 @@ def test_the_loss_chunk_is_the_one_that_training_uses():
     assert (cost.SOFTMAX_BYTES, cost.HEAD_GRADIENT_ROWS) == (loss.SOFTMAX_BYTES, loss.GRADIENT_ROWS)
 
 
+@given(st.integers(1, 10**6), st.integers(2, 300_000), st.sampled_from([2, 4]), st.booleans())
+def test_the_rows_of_a_chunk_are_those_that_training_takes(rows, vocab_size, width, gpu):
+    assert cost._chunk_rows(rows, vocab_size, width, gpu) == loss.rows_per_chunk(rows, vocab_size, width, gpu)
+
+
+def test_whether_layers_are_compiled():
+    training = Training(sequence_length=64, tokens_per_step=64, micro_batch_size=1, max_steps=1)
+    gpu, cpu = cost.Launch("1gpu", "single", gpu=True), cost.Launch("cpu", "single")
+    assert (gpu.compiles(training), cpu.compiles(training)) == (True, False)
+    for chosen in (True, False):
+        explicit = training.model_copy(update={"compile": chosen})
+        assert gpu.compiles(explicit) == cpu.compiles(explicit) == chosen
+
+
+def test_gradients_are_reduced_once_a_step_where_they_fit(llama2):
+    n, launch = cost.parameters(llama2.model), LAUNCHES["fsdp2"]._replace(gpu=True)
+
+    def chosen(kind, **changes):
+        training = llama2.training.model_copy(update=changes)
+        return cost.with_reduction(launch, llama2.model, training, llama2.optimizer, hardware.GPUS[kind].memory_bytes)
+
+    once, every = launch._replace(reduction="step"), launch
+    assert predict(llama2, once).gradients - predict(llama2, every).gradients == 4 * n - 4 * n // 2
+    assert (chosen("a6000"), chosen("rtx5090"), chosen("rtx5090", micro_batch_size=2)) == (once, every, once)
+    assert chosen("h200", gradient_reduction="micro_batch") == every
+    assert chosen("rtx4090", gradient_reduction="step") == once
+    assert cost.with_reduction(LAUNCHES["zero1"], llama2.model, llama2.training, llama2.optimizer, 1).reduction == "step"
+
+
+def test_what_each_rank_sends_by_hand(llama2):
+    """16 micro-batches of 8 x 2,048 tokens on two GPUs; over rings a gather or reduce-scatter of x bytes sends x (p - 1) / p."""
+    n = cost.parameters(llama2.model)
+
+    def sent(launch):
+        return cost.communicated_bytes(llama2.model, llama2.training, launch)
+
+    once = LAUNCHES["fsdp2"]._replace(reduction="step")
+    assert sent(LAUNCHES["single"]) == 0
+    assert sent(LAUNCHES["ddp"]) == 2 * 4 * n // 2
+    assert sent(LAUNCHES["zero1"]) == (4 + 2) * n // 2
+    assert sent(LAUNCHES["fsdp2"]) == 16 * (2 * 2 * n // 2 + 4 * n // 2)
+    assert sent(once) == 16 * 2 * 2 * n // 2 + 4 * n // 2
+    # Eight GPUs in two replicas of four: 4 micro-batches; the shards' gradients, N / 4 each, are all-reduced between two.
+    hsdp = cost.Launch("8gpu_hsdp", "fsdp2", 8, True, 4, True, "step")
+    assert sent(hsdp) == 4 * (2 * 2 * n * 3 // 4) + (4 * n * 3 // 4 + 2 * 4 * n // 4 // 2)
+
+
 def test_state_bytes_a_parameter_of_each_engine(llama2):
     n = cost.parameters(llama2.model)
     states = {name: predict(llama2, launch)[:3] for name, launch in LAUNCHES.items()}

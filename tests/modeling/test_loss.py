@@ -51,6 +51,93 @@ def test_loss_and_gradients_equal_the_plain_ones_for_any_chunk(rows, vocab, chun
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
+SOFTMAX_CASES = given(
+    rows=st.integers(1, 40),
+    vocab=st.integers(2, 50),
+    ignored=st.integers(0, 3),
+    softcap=st.sampled_from([None, 0.5, 30.0]),
+    want_gradient=st.booleans(),
+    seed=st.integers(0, 99),
+)
+
+
+@settings(deadline=None)
+@SOFTMAX_CASES
+def test_the_softmax_for_a_compiler_is_the_blocks(rows, vocab, ignored, softcap, want_gradient, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 10 * torch.randn(rows, vocab, generator=generator)
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    targets[:ignored] = IGNORED
+    ours, theirs = logits.clone(), logits.clone()
+    loss = loss_module._softmax_into_gradient(ours, targets, softcap, want_gradient)
+    expected = loss_module._rows_into_gradient(theirs, targets, softcap, want_gradient)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    kept = targets != IGNORED  # what stands in the other rows is left out of every product
+    torch.testing.assert_close(ours[kept], theirs[kept], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_compiled_softmax_holds_no_copy_of_the_logits():
+    from torch._inductor.utils import run_and_get_code
+
+    logits, targets = torch.randn(96, 1000, dtype=torch.bfloat16), torch.randint(0, 1000, (96,))
+    eager, compiled = logits.clone(), logits.clone()
+    with torch.no_grad():
+        expected = loss_module._softmax_into_gradient(eager, targets, None, True)
+        loss, (code,) = run_and_get_code(loss_module._compiled_softmax(), compiled, targets, None, True)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(compiled, eager, rtol=0.01, atol=1e-5)
+    assert "(96, 1000)" not in "".join(line for line in code.splitlines() if "empty_strided" in line)
+
+
+def test_chunks_on_a_gpu_are_equal_and_large():
+    rows = loss_module.rows_per_chunk
+    assert rows(8 * 2048, 128_256, 2, gpu=True) == 4096  # four, of 1.05 GB
+    assert rows(32 * 1024, 50_304, 2, gpu=True) == 8192
+    assert rows(8 * 2048, 32_000, 2, gpu=True) == 8 * 2048  # one
+    assert rows(8 * 2048, 128_256, 2, gpu=False) == 523  # 128 MiB
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**6), st.integers(2, 300_000), st.sampled_from([2, 4]))
+def test_chunks_on_a_gpu_cover_all_rows_within_their_bytes(num_rows, vocab_size, width):
+    rows = loss_module.rows_per_chunk(num_rows, vocab_size, width, gpu=True)
+    assert rows % 64 == 0
+    assert (rows - 64) * width * vocab_size <= loss_module.GPU_CHUNK_LOGITS_BYTES
+    last = num_rows % rows
+    assert last == 0 or rows - last <= 64 * -(-num_rows // rows)  # no chunk much smaller than the others
+
+
+def test_ligers_loss_is_called_with_what_ours_takes(monkeypatch):
+    import sys
+    import types
+
+    functional, asked = types.ModuleType("liger_kernel.transformers.functional"), {}
+
+    def fused(rows, weight, targets, **options):
+        asked.update(options, rows=rows.shape, targets=targets.shape)
+        logits = options["softcap"] * torch.tanh(rows @ weight.T / options["softcap"])
+        return F.cross_entropy(logits, targets, reduction=options["reduction"], ignore_index=options["ignore_index"])
+
+    functional.liger_fused_linear_cross_entropy = fused
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, functional.__name__, functional)
+    model = build_model(build_config(HYBRID, 0, 0), True, seed=1)
+    ids = torch.randint(0, 300, (3, 32), generator=torch.Generator().manual_seed(0))
+    ours = TrainingModel(model)(ids)
+    ligers = TrainingModel(model, kernels="liger")(ids)
+    assert ligers.item() == pytest.approx(ours.item(), abs=1e-5)
+    assert asked == {
+        "rows": (96, 64),
+        "targets": (96,),
+        "ignore_index": IGNORED,
+        "reduction": "sum",
+        "softcap": 0.5,
+        "accum_dtype": torch.float32,
+    }
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("logit_rows", [5, 10_000])
 def test_training_loss_is_transformers_own(name, logit_rows, monkeypatch):
