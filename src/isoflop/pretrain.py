@@ -165,8 +165,7 @@ def train_step(job: Job, progress: Progress) -> Row | None:
     started, summed = gradients_of(job, step, batch)
     if summed is None:
         return None
-    rate = learning_rate(step, job.num_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
-    values, norms = update(job, progress, summed, rate)
+    values, norms = update(job, progress, summed)
     if job.runs_ahead and not something_is_due(recipe, step + 1, job.num_steps):
         job.ahead.enqueued((step + 1, batch + 1), sum_gradients(job, step + 1, batch + 1))
     loss_sum, grad_norm, *squares = values.read()
@@ -180,7 +179,7 @@ def train_step(job: Job, progress: Progress) -> Row | None:
         "tokens": (step + 1) * recipe.training.tokens_per_step,
         "loss": loss,
         "val_loss": None,
-        "learning_rate": rate,
+        "learning_rate": learning_rate(step, job.num_steps, recipe.optimizer.peak_learning_rate, recipe.schedule),
         "grad_norm": grad_norm,
         "tokens_per_s": tokens_per_s,
         "mfu": job.mfu(tokens_per_s),
@@ -201,15 +200,13 @@ def gradients_of(job: Job, step: int, batch: int) -> tuple[float, torch.Tensor |
     return time.perf_counter(), sum_gradients(job, step, batch)
 
 
-def update(job: Job, progress: Progress, summed: torch.Tensor, rate: float) -> tuple[Readback, LayerNorms | None]:
+def update(job: Job, progress: Progress, summed: torch.Tensor) -> tuple[Readback, LayerNorms | None]:
     """Clip and update, unless loss or gradient norm is an anomaly. Returns these two, on their way from the device, and behind
     them the squares of the layers' norms where the recipe asks for those.
 
     Where the optimizer can be stopped by a flag on the device the host does not wait here.
     """
     recipe, optimizer = job.recipe, job.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     norms = layer_norms(job.causal_lm) if recipe.output.layer_norms else None
     grad_norm = full_tensor(job.accelerator.clip_grad_norm_(job.model.parameters(), recipe.optimizer.max_grad_norm))
     grad_norm = torch.as_tensor(grad_norm, dtype=summed.dtype, device=summed.device)  # DeepSpeed gives a number
@@ -244,9 +241,12 @@ def something_is_due(recipe: Recipe, step: int, last: int) -> bool:
 
 def sum_gradients(job: Job, step: int, batch: int) -> torch.Tensor | None:
     """Gradients of a 0-based step's share of `batch`, and its summed loss; None where a signal to any rank came."""
-    accelerator, model = job.accelerator, job.model
+    recipe, accelerator, model = job.recipe, job.accelerator, job.model
+    rate = learning_rate(step, job.num_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
+    for group in job.optimizer.param_groups:  # now, since DeepSpeed updates inside the last backward pass
+        group["lr"] = rate
     # Dropout follows from (seed, step, rank) alone, so no random state is saved; nothing done between steps can disturb it.
-    torch.manual_seed(derived_seed(job.recipe.seed, step, accelerator.process_index))
+    torch.manual_seed(derived_seed(recipe.seed, step, accelerator.process_index))
     loss_sum = torch.zeros((), device=accelerator.device)
     for micro_batch in job.batch(batch):
         if job.stop.agreed():
