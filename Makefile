@@ -1,16 +1,22 @@
 # Everything a newcomer types. `make quickstart` trains a small model on this machine; `make test` is what CI runs.
 PYTHON ?= python3
 OVERRIDES ?=  # for quickstart, e.g. OVERRIDES="training.max_steps=50 output.run_dir=runs/short"
+CONFIG ?=  # for quickstart, a file of accelerate_configs/: CONFIG=cpu; without it the GPU's where torch sees one, else the CPU's
 LAWS_DATA ?=  # for docs/laws.md, e.g. LAWS_DATA="--data DIR" with published runs
 BIN := .venv/bin
 # One thread for the test processes: several at once on few cores slow one another down many times over.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
+# In a process of its own: all other tests hide the GPUs, since they state what a CPU does.
+TEST_GPU = if $(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
+	$(TEST_ENV) ISOFLOP_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/gpu; else echo "tests/gpu: torch sees no GPU here"; fi
+
 .PHONY: quickstart setup test test-all check lint types schema constraints figures pages
 
 quickstart: .venv/installed
 	$(BIN)/python scripts/prepare.py recipes/quickstart.yaml $(OVERRIDES)
-	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml scripts/pretrain.py recipes/quickstart.yaml $(OVERRIDES)
+	config="$(strip $(CONFIG))"; [ -n "$$config" ] || config="$$($(BIN)/python -m isoflop.devices)"; \
+	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/$$config.yaml scripts/pretrain.py recipes/quickstart.yaml $(OVERRIDES)
 
 setup: .venv/installed
 
@@ -22,10 +28,12 @@ setup: .venv/installed
 	touch $@
 
 test: setup lint types
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+	$(TEST_GPU)
 
 test-all: setup lint types
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+	$(TEST_GPU)
 
 check: test
 

@@ -5,7 +5,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests state what a CPU does, also on a machine with GPUs
+if os.environ.get("ISOFLOP_TEST_GPU") != "1":  # `make test` sets it for tests/gpu alone
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests state what a CPU does, also on a machine with GPUs
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # so that launch configs for GPUs run on CPU processes
 
 import json
 import subprocess

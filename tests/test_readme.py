@@ -36,7 +36,7 @@ def copy(tmp_path_factory):
 
 
 def shell(command, cwd):
-    env = {key: value for key, value in os.environ.items() if key != "OVERRIDES"}
+    env = {key: value for key, value in os.environ.items() if key not in ("OVERRIDES", "ACCELERATE_USE_CPU")}
     done = subprocess.run(["bash", "-ec", command], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -32,6 +32,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from isoflop.cost import Engine, Launch, with_reduction
+from isoflop.devices import lacks_bf16, why_no_gpu
 from isoflop.errors import UserError, nearest
 from isoflop.modeling.loss import LossHead
 from isoflop.recipe import Output, Recipe
@@ -44,7 +45,8 @@ def build_accelerator(output: Output) -> Accelerator:
     """The Accelerator of this process. Raises `UserError` where it is not what the launch asked for."""
     trackers = usable_trackers(output)
     asked = asked_engine()
-    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    require_devices()
+    on_cpu = not torch.accelerator.is_available() or asked_for_cpu()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers imports too where it is installed
     settings: dict[str, Any] = {"log_with": trackers or None, "project_dir": output.run_dir}
@@ -54,6 +56,7 @@ def build_accelerator(output: Output) -> Accelerator:
         settings["deepspeed_plugin"] = _deepspeed_plugin(on_cpu)
         if on_cpu:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
+            os.environ["ACCELERATE_USE_CPU"] = "false"  # which would make it DDP, silently
     else:
         settings["cpu"] = on_cpu  # else accelerate starts unconnected processes on a machine without GPUs
     if _mixed_precision() == "fp8":
@@ -189,6 +192,33 @@ def usable_trackers(output: Output) -> list[str]:
         if name not in installed:
             print(f"tracker {name} is not installed: going on without it", file=sys.stderr, flush=True)
     return [name for name in output.trackers if name in installed]
+
+
+def asked_for_cpu() -> bool:
+    """Whether the launch says CPU: `use_cpu: true` of a config of one process, or the variable set by hand."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def require_devices() -> None:
+    """Refuse a launch that asks for a GPU where there is none, which would train on the CPU, and bf16 on one that has none."""
+    launched = "WORLD_SIZE" in os.environ or "ACCELERATE_USE_CPU" in os.environ  # accelerate sets it for one process
+    if launched and not asked_for_cpu() and not torch.accelerator.is_available():
+        raise UserError(
+            f"{_launcher()} asks for a GPU, and torch sees none: {why_no_gpu()}; to train on the CPU use"
+            " accelerate_configs/cpu.yaml, or set ACCELERATE_USE_CPU=true in the environment of a launch of several processes"
+        )
+    if _mixed_precision() in ("bf16", "fp8") and not asked_for_cpu() and (name := lacks_bf16()):
+        raise UserError(
+            f"mixed_precision: {_mixed_precision()} of {_launcher()}: {name} has no bf16 arithmetic (compute capability 8.0 and"
+            " newer have); use accelerate_configs/1gpu_fp32.yaml, or set mixed_precision: 'no'"
+        )
+
+
+def _launcher() -> str:
+    """The launch by its config file, where it has one."""
+    arguments = _launch_arguments(_parent_command())
+    file = arguments and launch_command_parser().parse_args(arguments).config_file
+    return f"accelerate launch --config_file {file}" if file else "this launch"
 
 
 def check_launch(accelerator: Accelerator) -> None:

@@ -1,6 +1,7 @@
 """A run's folder: who owns it, who is in it, and what stays in it when the run is over.
 
 recipe.yaml  environment.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/  loss.png  evaluations/  summary.json
+profile/  flight_recorder/, where asked for or left by a hang
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
+from isoflop.devices import gpu_names
 from isoflop.disk import lock, write_aside
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe, differences
@@ -112,7 +113,7 @@ def environment() -> dict[str, Any]:
             "platform": platform.platform(),
             "cpu_cores": os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "gpus": gpu_names(),
         },
     }
 
