@@ -147,7 +147,8 @@ def test_the_table_of_recipes_is_right():
         assert recipe.model.model_type == {"GPT-2": "gpt2", "Llama": "llama", "Hybrid": "hybrid"}[family]
         total = recipe.training.num_steps(0) * recipe.training.tokens_per_step / {"M": 1e6, "B": 1e9}[unit]
         assert f"{total:.1f}" == tokens
-        needed = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, cost.Launch("1gpu", "single", gpu=True)).total
+        one_gpu = cost.Launch("1gpu", "single", gpu=True)
+        needed = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, one_gpu).total
         fitting = [gpu.memory_bytes for gpu in hardware.GPUS.values() if needed <= hardware.usable_bytes(gpu.memory_bytes)]
         assert min(fitting) // 2**30 == int(memory_gb), name
         launch = read_launch(ROOT / f"accelerate_configs/{config}.yaml")

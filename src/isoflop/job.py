@@ -340,6 +340,16 @@ def describe(job: Job) -> list[str]:
 def notes(job: Job) -> list[str]:
     """What was chosen for a CPU, what the law predicts, and what of the launch or the schedule may surprise."""
     recipe, found = job.recipe, []
+    if job.launch.compiles(recipe.training):
+        found.append("compile: decoder layers are compiled in the first step, which takes a minute or so longer")
+    if job.launch.engine == "fsdp2":
+        once = job.launch._replace(reduction="step")
+        needed = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, once).total
+        when = "once a step" if job.launch.reduction == "step" else "after every micro-batch"
+        found.append(
+            f"gradients: reduced {when} (training.gradient_reduction = {recipe.training.gradient_reduction}); once a step takes"
+            f" {needed:,} bytes a process at the peak"
+        )
     if job.accelerator.device.type == "cpu":
         found.append(describe_cpu(bf16=job.accelerator.mixed_precision == "bf16"))
     if job.law and (promised := job.promised()):
