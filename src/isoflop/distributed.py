@@ -113,8 +113,9 @@ def _float8(on_cpu: bool) -> AORecipeKwargs:
 
 def _multiplies_in_float8(module: torch.nn.Module, name: str) -> bool:
     """Linear modules but the head, of sizes that float8 kernels take."""
-    layer = isinstance(module, torch.nn.Linear) and not isinstance(module, LossHead)
-    return layer and module.in_features % 16 == module.out_features % 16 == 0
+    if not isinstance(module, torch.nn.Linear) or isinstance(module, LossHead):
+        return False
+    return module.in_features % 16 == 0 and module.out_features % 16 == 0
 
 
 def _deepspeed_plugin(on_cpu: bool) -> DeepSpeedPlugin:

@@ -30,7 +30,7 @@ class Throttle:
         """Count a micro-batch that was enqueued, and wait for the one `MICRO_BATCHES_AHEAD` before it."""
         if device.type != "cuda":
             return
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._events.append(event)
         if len(self._events) > MICRO_BATCHES_AHEAD:
@@ -62,8 +62,9 @@ class Readback:
 
     def __init__(self, values: Tensor) -> None:
         self._values = values.to("cpu", non_blocking=True)  # into pinned memory, which torch allocates for such copies
-        self._arrived = torch.cuda.Event() if values.device.type == "cuda" else None
-        if self._arrived:
+        self._arrived: Any = None
+        if values.device.type == "cuda":
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
     def read(self) -> list[float]:
