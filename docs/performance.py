@@ -50,7 +50,7 @@ Trainer; `nanogpt` and `litgpt` are their models in the bare loop. Equal last lo
 
 {steps}
 
-What the loop adds to the bare one: {overhead}. Counted rather than timed, a step waits for the device twice and dispatches a
+What the loop adds to the bare one: {overhead}. Counted rather than timed, a step waits for the device once and dispatches a
 handful of operations more than the bare loop: `tests/test_speed.py`.
 
 {step_sources}
