@@ -1,11 +1,14 @@
 """Which GPUs there are, why there are none, and what a launch that asks for one is told."""
 
+import os
+
 import pytest
 import torch
 from conftest import ROOT, run_command
 
 from isoflop import devices, distributed
 from isoflop.errors import UserError
+from isoflop.recipe import Output
 from isoflop.run_folder import environment
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver by downloading ..."
@@ -115,3 +118,19 @@ def test_accelerate_launch_of_1gpu_is_refused_by_name(write_recipe):
         "error: accelerate launch --config_file accelerate_configs/1gpu.yaml asks for a GPU, and torch sees none" in done.stderr
     )
     assert not (file.parent / "runs").exists()
+
+
+@pytest.mark.distributed
+def test_a_config_of_several_processes_says_cpu_by_use_cpu(write_recipe):
+    """Accelerate hands `use_cpu` on to one process alone."""
+    command = ["accelerate", "launch", "--config_file", "accelerate_configs/2cpu_ddp.yaml", "--main_process_port", "0"]
+    done = run_command(*command, "scripts/pretrain.py", write_recipe(), "--dry-run", env={"ACCELERATE_USE_CPU": "false"})
+    assert "launch: 2 process(es) (MULTI_CPU) on cpu, fp32 matrix products" in done.stdout
+
+
+def test_a_launch_on_the_cpu_hides_the_gpus(gpu, monkeypatch):
+    """FSDP2's mesh is of GPUs wherever torch sees one, so torch must see none."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert distributed.build_accelerator(Output(run_dir="x")).device.type == "cpu"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

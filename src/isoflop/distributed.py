@@ -7,6 +7,7 @@ FSDP and DeepSpeed are ignored on CPU), so what came up is held against what was
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import os
@@ -46,8 +47,9 @@ def build_accelerator(output: Output) -> Accelerator:
     trackers = usable_trackers(output)
     asked = asked_engine()
     require_devices()
-    on_cpu = not torch.accelerator.is_available() or asked_for_cpu()
+    on_cpu = asked_for_cpu() or not torch.accelerator.is_available()
     if on_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FSDP2 makes a mesh of GPUs wherever torch sees one, whatever accelerate says
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which transformers imports too where it is installed
     settings: dict[str, Any] = {"log_with": trackers or None, "project_dir": output.run_dir}
     # Gradients live in DDP's buckets instead of beside them: 4 bytes a parameter less.
@@ -196,14 +198,19 @@ def usable_trackers(output: Output) -> list[str]:
 
 
 def asked_for_cpu() -> bool:
-    """Whether the launch says CPU: `use_cpu: true` of a config of one process, or the variable set by hand."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    """Whether the launch says CPU: `use_cpu: true` of its config, or ACCELERATE_USE_CPU=true in the environment.
+
+    Accelerate makes the second of the first for one process alone.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return True
+    arguments = _parsed_launch()
+    return bool(arguments and arguments.config_file and load_config_from_file(arguments.config_file).use_cpu)
 
 
 def require_devices() -> None:
     """Refuse a launch that asks for a GPU where there is none, which would train on the CPU, and bf16 on one that has none."""
-    launched = "WORLD_SIZE" in os.environ or "ACCELERATE_USE_CPU" in os.environ  # accelerate sets it for one process
-    if launched and not asked_for_cpu() and not torch.accelerator.is_available():
+    if _asks_for_gpu() and not torch.accelerator.is_available():
         raise UserError(
             f"{_launcher()} asks for a GPU, and torch sees none: {why_no_gpu()}; to train on the CPU use"
             " accelerate_configs/cpu.yaml, or set ACCELERATE_USE_CPU=true in the environment of a launch of several processes"
@@ -215,11 +222,21 @@ def require_devices() -> None:
         )
 
 
+def _asks_for_gpu() -> bool:
+    """Whether the launch is one of several processes, or of one by a config, and does not say CPU. Accelerate sets the variable
+    to False for one process without a config too, which asks for nothing."""
+    if asked_for_cpu():
+        return False
+    if "WORLD_SIZE" in os.environ:
+        return True
+    arguments = _parsed_launch()
+    return "ACCELERATE_USE_CPU" in os.environ and (arguments is None or arguments.config_file is not None)
+
+
 def _launcher() -> str:
     """The launch by its config file, where it has one."""
-    arguments = _launch_arguments(_parent_command())
-    file = arguments and launch_command_parser().parse_args(arguments).config_file
-    return f"accelerate launch --config_file {file}" if file else "this launch"
+    arguments = _parsed_launch()
+    return f"accelerate launch --config_file {arguments.config_file}" if arguments and arguments.config_file else "this launch"
 
 
 def check_launch(accelerator: Accelerator) -> None:
@@ -254,14 +271,21 @@ def _asked_processes() -> tuple[int, str]:
     """How many processes the launch asked for: torchrun says so in WORLD_SIZE, accelerate's simple launcher nowhere."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]), "the launcher (WORLD_SIZE)"
-    launched_with = _launch_arguments(_parent_command())
-    if launched_with is not None:
-        arguments = launch_command_parser().parse_args(launched_with)
-        if arguments.config_file is None and not arguments.cpu and Path(default_config_file).is_file():
-            arguments.config_file = default_config_file
+    if arguments := _parsed_launch():
         config: Any = load_config_from_file(arguments.config_file) if arguments.config_file else None
         return arguments.num_processes or getattr(config, "num_processes", 1), f"accelerate launch ({arguments.config_file})"
     return 1, "this launch"
+
+
+def _parsed_launch() -> argparse.Namespace | None:
+    """Arguments of `accelerate launch`, with the config file that it reads where none is given; None under another parent."""
+    launched_with = _launch_arguments(_parent_command())
+    if launched_with is None:
+        return None
+    arguments: argparse.Namespace = launch_command_parser().parse_args(launched_with)
+    if arguments.config_file is None and not arguments.cpu and Path(default_config_file).is_file():
+        arguments.config_file = default_config_file
+    return arguments
 
 
 def launched_by_accelerate() -> bool:
