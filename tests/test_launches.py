@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch, metrics_of, weights_of
+from conftest import ROOT, launch, metrics_of, run_command, weights_of
 
 from isoflop.recipe_file import load_recipe
 
-CONFIGS = sorted(path.stem for path in (ROOT / "accelerate_configs").glob("[1-9]gpu*.yaml"))
+CONFIGS = sorted(path.stem for path in (ROOT / "accelerate_configs").glob("[2-9]gpu*.yaml"))
 ENGINE = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "fsdp2": "FSDP", "hsdp": "FSDP"}
 TOY_LLAMA = [
     "model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2", "model.num_attention_heads=4",
@@ -20,7 +20,7 @@ TOY_LLAMA = [
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("config", [config for config in CONFIGS if config != "1gpu"])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_a_config_comes_up_as_what_it_says(config, family, write_recipe, ranks):
     """In bf16, as the file says: the first loss is that of fp32 to four digits, not rounded to bf16's three."""
     processes = int(config[0])
@@ -30,6 +30,34 @@ def test_a_config_comes_up_as_what_it_says(config, family, write_recipe, ranks):
     first = float(re.search(r"one step: loss ([\d.]+)", said)[1])
     assert first == pytest.approx(math.log(320), rel=0.02)
     assert first * 64 != round(first * 64)  # bf16 has steps of 1/32 here
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["2cpu_ddp", "2gpu_ddp", "2gpu_fsdp2", "2gpu_zero1"])
+def test_several_processes_train_on_a_cpu_only_where_that_is_asked_for(config, write_recipe, ranks):
+    launched = ranks.start(config, write_recipe(), env={"ACCELERATE_USE_CPU": "false"})
+    assert launched.wait() == [2, 2]
+    assert "asks for a GPU, and torch sees none: " in launched.text()
+    assert "set ACCELERATE_USE_CPU=true in the environment of a launch of several processes" in launched.text()
+
+
+@pytest.mark.parametrize("config", ["1gpu", "1gpu_fp32", "1gpu_fp8"])
+def test_a_config_for_one_gpu_trains_on_a_cpu_only_by_the_flag(config, write_recipe):
+    """`accelerate launch` sets ACCELERATE_USE_CPU of one process itself, by its config and by `--cpu`."""
+    widths = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    file = write_recipe(**{f"model__{key}": value for key, value in widths.items()})
+    refused = launch(config, file, "--dry-run", check=False)
+    assert refused.returncode != 0
+    assert f"accelerate launch --config_file accelerate_configs/{config}.yaml asks for a GPU" in refused.stderr
+    command = ["accelerate", "launch", "--cpu", "--config_file", f"accelerate_configs/{config}.yaml", "scripts/pretrain.py"]
+    precision = {"1gpu": "bf16", "1gpu_fp32": "fp32", "1gpu_fp8": "fp8"}[config]
+    assert f"1 process(es) (NO) on cpu, {precision} matrix products" in run_command(*command, file, "--dry-run").stdout
+
+
+def test_accelerate_launch_without_a_config_asks_for_no_gpu(write_recipe, tmp_path):
+    home = {"HF_HOME": str(tmp_path)}  # without a default_config.yaml
+    done = run_command("accelerate", "launch", "scripts/pretrain.py", write_recipe(), "--dry-run", env=home)
+    assert "1 process(es) (NO) on cpu, fp32 matrix products" in done.stdout
 
 
 def toy_overrides(toy_tree, tmp_path):
