@@ -56,6 +56,22 @@ def test_a_driver_that_is_too_old_is_named_and_stops_nothing(old_driver):
     assert "driver 580 or newer" in reason
 
 
+def test_plain_python_trains_on_the_cpu_and_names_the_driver(old_driver, monkeypatch, capsys):
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert distributed.build_accelerator(Output(run_dir="x")).device.type == "cpu"
+    assert "training on the CPU: the NVIDIA driver is too old for torch's CUDA 13.0" in capsys.readouterr().err
+
+
+def test_a_driver_that_is_too_old_is_named_where_torch_asks_nvml(old_driver, monkeypatch):
+    """PYTORCH_NVML_BASED_CUDA_CHECK=1: torch says that CUDA is available, and fails at the first use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices.gpu_names() == []
+    assert "driver 580 or newer" in devices.why_no_gpu()
+    assert devices.launch_config()[0] == "cpu"
+
+
 def test_other_reasons_are_torchs_own(monkeypatch):
     def fails():
         raise RuntimeError("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU")

@@ -33,7 +33,7 @@ def test_a_config_comes_up_as_what_it_says(config, family, write_recipe, ranks):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("config", ["2cpu_ddp", "2gpu_ddp", "2gpu_fsdp2", "2gpu_zero1"])
+@pytest.mark.parametrize("config", ["2gpu_ddp", "2gpu_fsdp2", "2gpu_zero1"])
 def test_several_processes_train_on_a_cpu_only_where_that_is_asked_for(config, write_recipe, ranks):
     launched = ranks.start(config, write_recipe(), env={"ACCELERATE_USE_CPU": "false"})
     assert launched.wait() == [2, 2]

@@ -17,12 +17,15 @@ def gpu_names() -> list[str]:
     """The GPUs that can be used, by the driver's names; with a driver too old for torch none, though torch counts them."""
     if not torch.cuda.is_available():
         return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    try:
+        return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    except RuntimeError:  # PYTORCH_NVML_BASED_CUDA_CHECK=1: then `is_available` counts by the driver's library too
+        return []
 
 
 def why_no_gpu() -> str | None:
     """Why torch can use no GPU here, with the remedy; None where it can."""
-    if torch.cuda.is_available():
+    if gpu_names():
         return None
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built for the CPU alone; install one built for CUDA"

@@ -210,12 +210,18 @@ def asked_for_cpu() -> bool:
 
 def require_devices() -> None:
     """Refuse a launch that asks for a GPU where there is none, which would train on the CPU, and bf16 on one that has none."""
-    if _asks_for_gpu() and not torch.accelerator.is_available():
-        raise UserError(
-            f"{_launcher()} asks for a GPU, and torch sees none: {why_no_gpu()}; to train on the CPU use"
-            " accelerate_configs/cpu.yaml, or set ACCELERATE_USE_CPU=true in the environment of a launch of several processes"
-        )
-    if _mixed_precision() in ("bf16", "fp8") and not asked_for_cpu() and (name := lacks_bf16()):
+    if asked_for_cpu():
+        return
+    if not torch.accelerator.is_available():
+        if _asks_for_gpu():
+            raise UserError(
+                f"{_launcher()} asks for a GPU, and torch sees none: {why_no_gpu()}; to train on the CPU use"
+                " accelerate_configs/cpu.yaml, or set ACCELERATE_USE_CPU=true in the environment of a launch of several processes"
+            )
+        if torch.cuda.device_count():  # counted by NVML, which a driver too old for torch answers
+            print(f"training on the CPU: {why_no_gpu()}", file=sys.stderr, flush=True)
+        return
+    if _mixed_precision() in ("bf16", "fp8") and (name := lacks_bf16()):
         raise UserError(
             f"mixed_precision: {_mixed_precision()} of {_launcher()}: {name} has no bf16 arithmetic (compute capability 8.0 and"
             " newer have); use accelerate_configs/1gpu_fp32.yaml, or set mixed_precision: 'no'"
@@ -223,10 +229,8 @@ def require_devices() -> None:
 
 
 def _asks_for_gpu() -> bool:
-    """Whether the launch is one of several processes, or of one by a config, and does not say CPU. Accelerate sets the variable
-    to False for one process without a config too, which asks for nothing."""
-    if asked_for_cpu():
-        return False
+    """Whether a launch that does not say CPU is one of several processes, or of one by a config. Accelerate sets the variable to
+    False for one process without a config too, which asks for nothing."""
     if "WORLD_SIZE" in os.environ:
         return True
     arguments = _parsed_launch()
