@@ -221,7 +221,8 @@ def needs(
         "communication": communication(model, training, optimizer, on_gpu, kinds),
         "mfu": mfu_of(kinds, n),
         "peak_flops_per_s": {kind.name: kind.peak_flops_per_s for kind in kinds},
-        "hours": {x.name: {kind.name: kind.hours(flops, n, x.num_processes) for kind in kinds} for x in on_gpu},
+        # MFU is of bf16 products: what fp32 takes is not predicted.
+        "hours": {x.name: {kind.name: kind.hours(flops, n, x.num_processes) for kind in kinds} for x in on_gpu if x.bf16},
         "gpu_hours": gpu_hours,
         "dollars": dollars_of(gpu_hours, price_per_gpu_hour),
     }
