@@ -1,5 +1,8 @@
 """float8 matrix products by torchao, on a CPU in fp32 products of rounded operands."""
 
+import subprocess
+import sys
+
 import pytest
 from conftest import metrics_of
 from transformers import AutoModelForCausalLM
@@ -9,12 +12,23 @@ from isoflop.errors import UserError
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
+@pytest.fixture(scope="module")
+def torchao(tmp_path_factory):
+    """A folder with torchao, which is not in the environment of all other tests: transformers would import it at every start."""
+    folder = tmp_path_factory.mktemp("torchao")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, "torchao==0.18.0"]
+    if subprocess.run(command, check=False).returncode:
+        pytest.skip("torchao could not be installed")
+    return folder
+
+
 def wide(toy_recipe, name, family="llama"):
     recipe = toy_recipe(name, family)
     return recipe if family == "gpt2" else recipe.model_copy(update={"model": recipe.model.model_copy(update=WIDE)})
 
 
-def test_layers_train_in_float8_and_the_head_does_not(toy_recipe, run_in_process, monkeypatch):
+def test_layers_train_in_float8_and_the_head_does_not(toy_recipe, run_in_process, monkeypatch, torchao):
+    monkeypatch.syspath_prepend(torchao)
     from torchao.float8.float8_linear import Float8Linear
 
     import isoflop.pretrain as pretrain
@@ -39,7 +53,8 @@ def test_layers_train_in_float8_and_the_head_does_not(toy_recipe, run_in_process
     assert not [module for module in opened.modules() if isinstance(module, Float8Linear)]
 
 
-def test_gpt2s_projections_are_refused(toy_recipe, run_in_process, monkeypatch):
+def test_gpt2s_projections_are_refused(toy_recipe, run_in_process, monkeypatch, torchao):
+    monkeypatch.syspath_prepend(torchao)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(UserError, match=r"mixed_precision: fp8 .*: not with GPT2LMHeadModel.*use a config of bf16"):
         run_in_process(wide(toy_recipe, "gpt2", "gpt2"))

@@ -41,7 +41,7 @@ def test_several_processes_train_on_a_cpu_only_where_that_is_asked_for(config, w
     assert "set ACCELERATE_USE_CPU=true in the environment of a launch of several processes" in launched.text()
 
 
-@pytest.mark.parametrize("config", ["1gpu", "1gpu_fp32", "1gpu_fp8"])
+@pytest.mark.parametrize("config", ["1gpu", "1gpu_fp32"])
 def test_a_config_for_one_gpu_trains_on_a_cpu_only_by_the_flag(config, write_recipe):
     """`accelerate launch` sets ACCELERATE_USE_CPU of one process itself, by its config and by `--cpu`."""
     widths = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -50,7 +50,7 @@ def test_a_config_for_one_gpu_trains_on_a_cpu_only_by_the_flag(config, write_rec
     assert refused.returncode != 0
     assert f"accelerate launch --config_file accelerate_configs/{config}.yaml asks for a GPU" in refused.stderr
     command = ["accelerate", "launch", "--cpu", "--config_file", f"accelerate_configs/{config}.yaml", "scripts/pretrain.py"]
-    precision = {"1gpu": "bf16", "1gpu_fp32": "fp32", "1gpu_fp8": "fp8"}[config]
+    precision = {"1gpu": "bf16", "1gpu_fp32": "fp32"}[config]
     assert f"1 process(es) (NO) on cpu, {precision} matrix products" in run_command(*command, file, "--dry-run").stdout
 
 
