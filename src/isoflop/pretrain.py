@@ -19,7 +19,7 @@ from isoflop.anomaly import find_anomaly, remember
 from isoflop.checkpoint.folder import list_checkpoints
 from isoflop.cpu import keep_freed_memory
 from isoflop.data.order import derived_seed
-from isoflop.distributed import build_accelerator, command_typed, reduce_sum
+from isoflop.distributed import asked_for_cpu, build_accelerator, command_typed, reduce_sum
 from isoflop.errors import UserError
 from isoflop.flight_recorder import describe_dumps, enable_flight_recorder
 from isoflop.garbage import StepCollector, collected_by_hand
@@ -61,7 +61,7 @@ def pretrain(
         check_hub(recipe.hub.repo_id, recipe)
     with StopRequest() as stop:
         manifest = check_data(recipe, every_byte=os.environ.get("LOCAL_RANK", "0") == "0")  # once a node: each may have a copy
-        if not (dry_run or eval_only):
+        if not (dry_run or eval_only or asked_for_cpu()):  # which hides the GPUs, before anything has counted them
             enable_flight_recorder(folder.path)
         accelerator = build_accelerator(recipe.output)
         if accelerator.device.type == "cpu":
