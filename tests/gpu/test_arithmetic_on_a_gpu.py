@@ -10,7 +10,10 @@ from isoflop.modeling import documents, loss
 from isoflop.modeling.loss import IGNORED, linear_cross_entropy_sum
 from isoflop.recipe import Recipe
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=f"ISOFLOP_TEST_GPU=1 shows the GPU: {why_no_gpu()}")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=f"needs ISOFLOP_TEST_GPU=1: {why_no_gpu()}"),
+]
 
 END = 1  # id that ends a document
 BATCH, LENGTH, VOCABULARY, WIDTH = 4, 256, 4096, 256

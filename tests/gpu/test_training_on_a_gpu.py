@@ -13,7 +13,10 @@ from isoflop import cost
 from isoflop.devices import why_no_gpu
 from isoflop.recipe_file import load_recipe
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=f"ISOFLOP_TEST_GPU=1 shows the GPU: {why_no_gpu()}")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=f"needs ISOFLOP_TEST_GPU=1: {why_no_gpu()}"),
+]
 
 # Under torch's deterministic algorithms, which a bit-for-bit comparison needs on a GPU; a warning names what has no such form.
 DETERMINISTIC = """
