@@ -1,4 +1,4 @@
-"""Which GPUs there are, why there are none, and what a launch that asks for one is told."""
+"""Which GPUs there are, why there are none, and how a launch that asks for one is refused."""
 
 import os
 

@@ -15,12 +15,12 @@ def counted(*given, **named):
     calls[0] += 1
     return own(*given, **named)
 group.foreach_reduce = counted
-def told(*given):
+def reporting(*given):
     calls[0] = 0
     done = train(*given)
     print("reduce-scatters:", calls[0], flush=True)
     return done
-pretrain.train = told
+pretrain.train = reporting
 """
 
 

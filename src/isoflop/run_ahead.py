@@ -7,7 +7,6 @@ cost nothing. The update does not wait: a flag on the device skips it where the 
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +45,11 @@ class Ahead:
     summed: Tensor | None = None
     """Their loss, summed over micro-batches; None where a signal to any rank came instead."""
     since: float = 0.0
-    """When the values of the step before were read: from then on the GPU worked on this one."""
+    """When the values of the step before were read (set by the loop): from then on the GPU worked on this one."""
 
     def enqueued(self, key: tuple[int, int], summed: Tensor | None) -> None:
         """Remember what was enqueued while the step before is still being computed."""
-        self.key, self.summed, self.since = key, summed, time.perf_counter()
+        self.key, self.summed = key, summed
 
     def holds(self, key: tuple[int, int]) -> bool:
         """Whether the gradients of this step and batch are there."""

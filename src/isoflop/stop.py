@@ -85,7 +85,7 @@ class StopRequest:
             os._exit(EXIT_RESUME)
 
     def agreed(self) -> bool:
-        """Whether any rank was told to stop. Collective: every rank asks at the same points.
+        """Whether any rank received a signal to stop. Collective: every rank asks at the same points.
 
         Under a millisecond, over gloo between hosts: a GPU meanwhile works on what was enqueued (`run_ahead`), and never waits.
         """
