@@ -32,8 +32,8 @@ from isoflop.cpu import keep_freed_memory
 from isoflop.data.manifest import Shard
 from isoflop.data.order import Order
 from isoflop.data.windows import SHARD_BYTES, Windows
-from isoflop.job import build_training_model
 from isoflop.recipe import Recipe
+from isoflop.training_model import build_training_model
 
 # The other sizes stay: 2 windows of 256 tokens, vocabulary 8,192, 4 layers of width 256.
 AXES: dict[str, tuple[int, ...]] = {

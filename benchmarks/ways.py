@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from isoflop.cpu import keep_freed_memory
 from isoflop.data.manifest import read_manifest
 from isoflop.data.windows import Windows
-from isoflop.job import build_training_model
 from isoflop.optim import build_optimizer
 from isoflop.recipe import Gpt2Model, LlamaModel, Recipe, require_whole_steps
+from isoflop.training_model import build_training_model
 
 Forward = Callable[[Tensor], Tensor]  # ids (batch, seq) to the mean loss
 

@@ -37,17 +37,19 @@ def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
 def document_bounds(positions: Tensor) -> Tensor:
     """Where the documents of all windows in a row begin, and the end of the last: (documents + 1,), int32 as kernels want it.
 
-    How many there are decides a shape, so the host waits for the device: once a micro-batch, before any layer.
+    How many there are decides a shape, for which the host would wait for a GPU: in training they are found on the host.
     """
     begins = (positions.flatten() == 0).nonzero().squeeze(1)
     return F.pad(begins, (0, 1), value=positions.numel()).int()
 
 
-def document_arguments(input_ids: Tensor, document_end: int, attention: str, dtype: torch.dtype) -> dict[str, Any]:
+def document_arguments(
+    input_ids: Tensor, document_end: int, attention: str, dtype: torch.dtype, bounds: Tensor | None = None
+) -> dict[str, Any]:
     """What keeps the documents of (batch, seq) ids apart, as arguments of a stock model's forward without a cache.
 
-    `attention` is the name of the model's implementation, `dtype` that of its weights. For eager the positions suffice:
-    transformers makes its mask of them.
+    `attention` is the name of the model's implementation, `dtype` that of its weights, `bounds` their `document_bounds` where
+    these are known already. For eager the positions suffice: transformers makes its mask of them.
     """
     positions = document_positions(input_ids, document_end)
     arguments: dict[str, Any] = {"position_ids": positions}
@@ -55,7 +57,7 @@ def document_arguments(input_ids: Tensor, document_end: int, attention: str, dty
         return arguments
     if not attention.startswith("flash") and not _has_varlen_kernel(input_ids.device):
         return arguments | {"attention_mask": document_mask(positions, _computed_in(input_ids.device, dtype))}
-    bounds = document_bounds(positions)
+    bounds = document_bounds(positions) if bounds is None else bounds
     longest = input_ids.shape[1]  # a bound, and enough for the kernels: the true one would have to be waited for
     return arguments | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 

@@ -19,7 +19,7 @@ LAYERS = {
     "isoflop.data": 3, "isoflop.optim": 3, "isoflop.checkpoint": 3, "isoflop.metrics": 3, "isoflop.distributed": 3,
     "isoflop.run_folder": 3, "isoflop.validation": 3, "isoflop.anomaly": 3, "isoflop.stop": 3, "isoflop.scores": 3,
     "isoflop.harness": 3, "isoflop.cpu": 3, "isoflop.run_ahead": 3,
-    "isoflop.garbage": 0, "isoflop.step_time": 2, "isoflop.profiling": 3, "isoflop.flight_recorder": 3,
+    "isoflop.training_model": 3, "isoflop.garbage": 0, "isoflop.step_time": 2, "isoflop.profiling": 3, "isoflop.flight_recorder": 3,
     "isoflop.job": 4, "isoflop.outcome": 4, "isoflop.prepare": 4, "isoflop.pretrain": 4, "isoflop.resume": 4,
     "isoflop.measure": 4, "isoflop.plan": 4, "isoflop.export": 4, "isoflop.evaluate": 4,
     "isoflop.publish": 4, "isoflop.compare": 4, "isoflop.fit": 4, "isoflop.sweep": 4,
@@ -48,7 +48,6 @@ SAME_LAYER = {
     ("isoflop.pretrain", "isoflop.outcome"),  # and the last
     ("isoflop.outcome", "isoflop.job"),
     ("isoflop.outcome", "isoflop.export"),
-    ("isoflop.measure", "isoflop.job"),  # builds the model that a run would
     ("isoflop.fit", "isoflop.compare"),  # reads finished runs
     ("isoflop.sweep", "isoflop.prepare"),  # once for all its runs
     ("isoflop.sweep", "isoflop.fit"),  # its last step

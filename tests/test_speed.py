@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from isoflop import pretrain
 from isoflop.distributed import build_accelerator
 from isoflop.job import build_job, check_data
+from isoflop.modeling import documents
 from isoflop.optim import build_optimizer
 from isoflop.resume import Progress
 from isoflop.run_ahead import Readback
@@ -44,8 +45,8 @@ class Operations(TorchDispatchMode):
 
 def plain_step(job, optimizer):
     """The same step with nothing around it."""
-    for ids in job.batch(1):
-        (job.training_model(ids) / ACCUMULATION).backward()
+    for micro_batch in job.batch(1):
+        (job.training_model(**micro_batch) / ACCUMULATION).backward()
     nn.utils.clip_grad_norm_(job.training_model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -59,6 +60,19 @@ def test_a_step_waits_for_the_device_once_for_all_its_numbers(job, monkeypatch):
         pretrain.train_step(job, Progress(step=1))
     assert seen.counts[aten._local_scalar_dense] == 0  # no `.item()` or `float()` anywhere
     assert len(reads) == 1
+
+
+def test_a_packed_batch_brings_its_documents_bounds(toy_recipe, monkeypatch):
+    """Found on the host: how many there are decides a shape, for which the model would wait for the device."""
+    monkeypatch.setattr(documents, "_has_varlen_kernel", lambda device: True)
+    recipe = toy_recipe(training__document_masking=True)
+    job = build_job(recipe, check_data(recipe, False), build_accelerator(recipe.output), StopRequest())
+    for micro_batch in job.batch(1):
+        with Operations() as brought:
+            loss = job.model(**micro_batch)
+        with Operations() as found:
+            assert job.model(micro_batch["input_ids"]) == loss
+        assert (brought.counts[aten.nonzero], found.counts[aten.nonzero]) == (0, 1)
 
 
 def test_running_ahead_enqueues_the_next_gradients_before_the_values_are_read(job, monkeypatch):
@@ -102,7 +116,7 @@ def test_python_around_a_micro_batch_is_short(job):
             counted += event == "call" and ("isoflop" in name or "accelerate" in name) and "modeling" not in name
 
         object.__setattr__(job, "accumulation", accumulation)
-        batch = job.batch(1).repeat(accumulation // ACCUMULATION, 1, 1)
+        batch = job.batch(1) * (accumulation // ACCUMULATION)
         object.__setattr__(job, "batch", lambda step: batch)
         sys.setprofile(count)
         try:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpu_parts.cases import Case, Context, Emit, lacking, small_recipe
-from isoflop.job import build_training_model
 from isoflop.modeling.documents import document_arguments
 from isoflop.modeling.loss import linear_cross_entropy_sum
+from isoflop.training_model import build_training_model
 
 IGNORED = -100
 END = 1  # id that ends a document

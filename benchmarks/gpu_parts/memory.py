@@ -11,10 +11,10 @@ import torch
 
 from gpu_parts.cases import RECIPES, Case, Context, Emit, lacking, sized
 from isoflop import cost
-from isoflop.job import build_training_model
 from isoflop.measure import tracked_memory_bytes
 from isoflop.optim import build_optimizer
 from isoflop.recipe import Recipe
+from isoflop.training_model import build_training_model
 
 MICRO_BATCHES = 2  # of a step: gradients of the first are there during the second
 NEEDS_S = {False: 6.0, True: 20.0}  # of four measurements; compiling is most of it

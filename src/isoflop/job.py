@@ -31,7 +31,7 @@ from isoflop.data.windows import Windows
 from isoflop.distributed import launch_of, set_step
 from isoflop.errors import UserError
 from isoflop.metrics import peak_memory_bytes
-from isoflop.modeling.build import build_config, build_model, decoder_layers, final_norms, use_liger
+from isoflop.modeling.documents import document_bounds, document_positions
 from isoflop.modeling.loss import TrainingModel
 from isoflop.optim import build_optimizer
 from isoflop.publish.background import BackgroundPush
@@ -40,6 +40,7 @@ from isoflop.run_ahead import Ahead, Throttle, updates_unless_flagged
 from isoflop.run_folder import RunFolder
 from isoflop.scaling.laws import Forecast, Law, load_law
 from isoflop.stop import StopRequest, grace_s
+from isoflop.training_model import build_training_model
 
 # Up to here every byte of the prepared data is hashed at each start (seconds); beyond, sizes alone are compared.
 VERIFY_FULLY_BELOW_BYTES = 16 * 2**30
@@ -106,15 +107,21 @@ class Job:
         """The optimizer inside Accelerate's wrapper, whose state a checkpoint holds."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
-    def batch(self, step: int) -> torch.Tensor:
-        """This process's ids of a 0-based step on its device, (accumulation, micro_batch_size, sequence_length)."""
+    def batch(self, step: int) -> list[dict[str, torch.Tensor]]:
+        """Arguments of the model for each micro-batch of this rank in a 0-based step, on its device.
+
+        `input_ids` are (micro_batch_size, sequence_length); with document masking come the documents' `bounds`.
+        """
         training, accelerator = self.recipe.training, self.accelerator
         indices = self.order.of_step(step, training.tokens_per_step // training.sequence_length)
         mine = share_of_process(indices, training.micro_batch_size, accelerator.num_processes, accelerator.process_index)
         ids = torch.from_numpy(self.train_windows.take(mine.reshape(-1))).view(*mine.shape, training.sequence_length)
-        if accelerator.device.type == "cuda":
-            ids = ids.pin_memory()  # else the copy waits for the device
-        return ids.to(accelerator.device, non_blocking=True)
+        micro_batches = [{"input_ids": on_device} for on_device in to_device(ids, accelerator.device)]
+        if (end := self.training_model.document_end) is not None:
+            for arguments, on_host in zip(micro_batches, ids, strict=True):
+                bounds = document_bounds(document_positions(on_host, end))
+                arguments["bounds"] = to_device(bounds, accelerator.device)
+        return micro_batches
 
     def validation_order(self) -> NDArray[np.int64]:
         """The held-out windows to measure on: the same ones for every run over this data; of each source by its share."""
@@ -148,6 +155,11 @@ class Job:
         peak = hardware.peak_bf16_flops(torch.cuda.get_device_name(self.accelerator.device))
         flops_per_token = cost.flops_per_token(self.recipe.model, self.recipe.training.sequence_length)
         return peak and tokens_per_s * flops_per_token / (peak * self.accelerator.num_processes)
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy from the host without waiting for the device."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 def check_data(recipe: Recipe, every_byte: bool) -> Manifest:
@@ -264,45 +276,6 @@ def require_engine_can(recipe: Recipe, engine: cost.Engine, mixed_precision: str
             f"{' and '.join(asked)}: not under DeepSpeed, which updates the weights before anyone sees the gradients; change it"
             " (anomalies.policy=rollback works), or launch with a config of DDP or FSDP2"
         )
-
-
-def build_training_model(
-    recipe: Recipe, eos_token_id: int, bos_token_id: int | None, device: torch.device | None = None
-) -> TrainingModel:
-    """The recipe's model with its initial weights on a device, wrapped for training, its layers compiled where they are to be.
-
-    Weights are initialized on the CPU, so that they are the same everywhere; without a device they stay there.
-    """
-    training, device = recipe.training, device or torch.device("cpu")
-    config = build_config(recipe.model.model_dump(exclude={"depth_scaled_init"}), eos_token_id, bos_token_id)
-    try:
-        causal_lm = build_model(config, recipe.model.depth_scaled_init, recipe.seed)
-    except (ImportError, ValueError) as error:  # not installed; not known to this version of transformers
-        raise UserError(f"model.attn_implementation = {recipe.model.attn_implementation!r}: {error}") from None
-    if training.activation_checkpointing:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    if training.kernels == "liger":
-        require_liger(device)
-        use_liger(causal_lm)
-    if cost.Launch("this", "single", gpu=device.type == "cuda").compiles(training):
-        # The last norm too: eager it would move as many bytes as a compiled layer's two norms.
-        for module in (*decoder_layers(causal_lm), *final_norms(causal_lm)):
-            module.compile()
-    document_end = eos_token_id if training.document_masking else None
-    model = TrainingModel(causal_lm, document_end, training.kernels).train()
-    return model if device.type == "cpu" else model.to(device)
-
-
-def require_liger(device: torch.device) -> None:
-    """Refuse Liger's kernels where they cannot run. Raises `UserError`."""
-    missing = importlib.util.find_spec("liger_kernel") is None
-    if missing or device.type != "cuda":
-        why = (
-            "liger-kernel is not installed; run: pip install liger-kernel"
-            if missing
-            else f"they run on GPUs, this is {device.type}"
-        )
-        raise UserError(f"training.kernels = 'liger': {why}, or set training.kernels=torch")
 
 
 def describe(job: Job) -> list[str]:

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from isoflop import cost, hardware
 from isoflop.cpu import keep_freed_memory
 from isoflop.errors import UserError
-from isoflop.job import build_training_model
 from isoflop.metrics import peak_memory_bytes
 from isoflop.optim import build_optimizer
 from isoflop.recipe import Recipe, require_whole_steps
+from isoflop.training_model import build_training_model
 
 WARMUP, TIMED = 2, 5  # micro-batches; the first ones allocate, choose kernels and compile
 

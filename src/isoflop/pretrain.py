@@ -252,7 +252,7 @@ def sum_gradients(job: Job, step: int, batch: int) -> torch.Tensor | None:
         if job.stop.agreed():
             return None
         with accelerator.accumulate(model):
-            loss = model(micro_batch)
+            loss = model(**micro_batch)
             accelerator.backward(loss)
             loss_sum += loss.detach()
         job.throttle.mark(accelerator.device)
@@ -285,7 +285,7 @@ def settle_buckets(job: Job) -> None:
     if isinstance(job.model, DistributedDataParallel):
         micro_batch = job.batch(step=0)[0]
         for set_to_none in (True, False):
-            job.accelerator.backward(job.model(micro_batch))
+            job.accelerator.backward(job.model(**micro_batch))
             job.optimizer.zero_grad(set_to_none=set_to_none)
 
 

@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from isoflop.devices import why_no_gpu
-from isoflop.job import build_training_model
 from isoflop.modeling import documents, loss
 from isoflop.modeling.loss import IGNORED, linear_cross_entropy_sum
 from isoflop.recipe import Recipe
+from isoflop.training_model import build_training_model
 
 pytestmark = [
     pytest.mark.gpu,
