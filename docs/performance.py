@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import matplotlib.figure
 import matplotlib.lines
 import matplotlib.ticker
+import performance_gpu
+from measured import Row, by_case, median_and_range, sources
 
 from isoflop import cost, hardware
 from isoflop.recipe_file import load_recipe
@@ -21,7 +21,6 @@ from isoflop.tables import markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks/results"
-Row = dict[str, Any]
 COLORS = {"isoflop": "#1f4e8c", "bare": "#7aa6d6", "transformers": "#d1a14b", "trainer": "#d1495b", "nanogpt": "#8a8a8a",
           "litgpt": "#2e8b57"}  # fmt: skip
 # DGX H100 user guide: a 400 Gb/s InfiniBand card for each GPU. H100 datasheet: NVLink 900 GB/s, half of it each way.
@@ -143,40 +142,6 @@ def rows_of(benchmark: str) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-def gpu_rows(folder: Path) -> list[Row]:
-    """What benchmarks/gpu.py measured on GPUs; nothing where it was not run yet. Rehearsals on a CPU do not count."""
-    file = folder / "gpu.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [row for row in map(json.loads, lines) if not row["rehearsal"]]
-
-
-def by_case(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows of each case, in the order they were written."""
-    cases: dict[str, list[Row]] = {}
-    for row in rows:
-        cases.setdefault(row["case"], []).append(row)
-    return cases
-
-
-def told(values: list[float], unit: float = 1.0) -> str:
-    """Median (least to most), of three digits at least."""
-    median, low, high = (f"{value:,.3g}" if abs(value) < 999.5 else f"{value:,.0f}" for value in (each / unit for each in values))
-    return f"{median} ({low} to {high})"
-
-
-def sources(rows: Iterable[Row]) -> str:
-    """The commands behind some rows, with machine, commit and versions."""
-    rows = list(rows)
-    lines = []
-    for machine in dict.fromkeys(row["machine"] for row in rows):
-        own = [row for row in rows if row["machine"] == machine]
-        commands = "; ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in own))
-        commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
-        lines.append(f"{commands} at {commits} on {machine}; torch {own[0]['versions']['torch']},"
-                     f" transformers {own[0]['versions']['transformers']}.")  # fmt: skip
-    return "\n".join(lines)
-
-
 def page() -> str:
     """The whole page."""
     rows = {name: rows_of(name) for name in ("step", "out_of_the_box", "loss", "checkpoint", "startup", "growth")}
@@ -193,7 +158,7 @@ def page() -> str:
     megabytes = f"{rows['checkpoint'][0]['checkpoint_bytes'] / 1e6:,.0f}"
     assumed = {"num_nodes": NODES, "gpus_a_node": GPUS_A_NODE, "plan_tokens_per_step": PLAN_TOKENS_PER_STEP, "reached": REACHED}
     assumed |= {"card_gb_per_s": CARD_BYTES_PER_S / 1e9, "nvlink_gb_per_s": NVLINK_BYTES_PER_S / 1e9}
-    tables["gpu"] = gpu(gpu_rows(RESULTS))
+    tables["gpu"] = performance_gpu.section(performance_gpu.rows_of(RESULTS))
     return PAGE.format(**tables, **facts, **assumed, overhead=", ".join(overhead), megabytes=megabytes) + "\n"
 
 
@@ -203,7 +168,7 @@ def steps(rows: list[Row]) -> str:
     for case, ways in by_case(rows).items():
         first = ways[0]
         lines = [
-            [row["way"], told(row["tokens_per_s"]), told(row["time_of_bare"]),
+            [row["way"], median_and_range(row["tokens_per_s"]), median_and_range(row["time_of_bare"]),
              f"{row['mfu']:.1%}" if row["mfu"] else f"{row['share_of_matmul']:.0%}", f"{row['peak_memory_bytes'] / 2**20:,.0f}",
              f"{row['loss']:.4f}"]
             for row in ways
@@ -218,14 +183,14 @@ def steps(rows: list[Row]) -> str:
 
 def boxes(rows: list[Row]) -> str:
     """Each project's own command."""
-    lines = [[row["way"], told(row["tokens_per_s"]), told(row["speed_of_nanogpt"])] for row in rows]
+    lines = [[row["way"], median_and_range(row["tokens_per_s"]), median_and_range(row["speed_of_nanogpt"])] for row in rows]
     return markdown(["way", "tokens/s", "times nanoGPT's speed as shipped"], lines)
 
 
 def losses(rows: list[Row]) -> str:
     """The loss beside transformers'."""
     lines = [
-        [case, told(ours["seconds"]), told(stock["seconds"]), told(ours["time_of_transformers"]),
+        [case, *map(median_and_range, (ours["seconds"], stock["seconds"], ours["time_of_transformers"])),
          f"{ours['extra_bytes'] / 2**20:,.0f}", f"{stock['extra_bytes'] / 2**20:,.0f}", f"{ours['memory_of_transformers']:.2f}"]
         for case, (ours, stock) in by_case(rows).items()
     ]  # fmt: skip
@@ -235,13 +200,13 @@ def losses(rows: list[Row]) -> str:
 
 def checkpoints(rows: list[Row]) -> str:
     """What a save costs."""
-    lines = [[row["way"], told(row["seconds"]), f"{row['first_s']:.3g}", f"{row['steps_lost']:.2f}"] for row in rows]
+    lines = [[row["way"], median_and_range(row["seconds"]), f"{row['first_s']:.3g}", f"{row['steps_lost']:.2f}"] for row in rows]
     return markdown(["way", "training waits, s", "the first time, s", "steps lost a save"], lines)
 
 
 def starts(rows: list[Row]) -> str:
     """Seconds until something is there."""
-    return markdown(["what", "s"], [[row["way"], told(row["seconds"])] for row in rows])
+    return markdown(["what", "s"], [[row["way"], median_and_range(row["seconds"])] for row in rows])
 
 
 def growth(cases: dict[str, list[Row]]) -> tuple[str, str, str]:
@@ -250,7 +215,7 @@ def growth(cases: dict[str, list[Row]]) -> tuple[str, str, str]:
     for case in AXES:
         for before, row in zip([None, *cases[case]], cases[case], strict=False):
             lines.append(
-                [case, row["way"], told(row["seconds"]), f"{slope(before, row):.2f}" if before else "",
+                [case, row["way"], median_and_range(row["seconds"]), f"{slope(before, row):.2f}" if before else "",
                  f"{row['flops'] / row['seconds'][0] / 1e9:,.0f}", f"{row['peak_bytes'] / 2**20:,.0f}",
                  f"{row['predicted_bytes'] / row['peak_bytes'] - 1:+.0%}"]
             )  # fmt: skip
@@ -264,7 +229,7 @@ def growth(cases: dict[str, list[Row]]) -> tuple[str, str, str]:
         ]
         for row in cases["prepare"]
     ]
-    loading = [[row["way"], *(told(row[name], 1e-3) for name in LOADING)] for row in cases["loading"]]
+    loading = [[row["way"], *(median_and_range(row[name], 1e-3) for name in LOADING)] for row in cases["loading"]]
     columns = ["", "open, ms", "order, ms", "read, ms", "order in mid-run, ms", "read in mid-run, ms"]
     return markdown(header, lines), markdown(["text", "s", "MB/s", "MiB"], text), markdown(columns, loading)
 
@@ -300,84 +265,6 @@ def many_nodes() -> str:
     header = ["recipe", "windows a GPU", "GiB a GPU", "MFU in a node", "compute, s", "NVLink, s", "between nodes, s",
               "kept if nothing overlaps", "hours for 20 N tokens"]  # fmt: skip
     return markdown(header, lines)
-
-
-NO_GPU = """No GPU has been measured yet: no row of one is in `benchmarks/results`. On a machine with a GPU
-`python benchmarks/gpu.py` makes them in 8 minutes: checks against the CPU, memory, tokens/s and MFU of four recipes, what each
-lever is worth (compiling, attention kernels, the loss, Liger's kernels, float8, micro-batches), and loss by wall time. The aims
-for one H200 are 65k tokens/s for `llama2_1.36b` in bf16 with fp32 masters, and 700k for the 124M."""
-
-
-def gpu(rows: list[Row]) -> str:
-    """What benchmarks/gpu.py measured, machine by machine."""
-    if not rows:
-        return NO_GPU
-    parts = []
-    for machine in dict.fromkeys(row["machine"] for row in rows):
-        own = [row for row in rows if row["machine"] == machine]
-        parts += [f"**{machine}**", gpu_checks(own), gpu_steps(own), gpu_operations(own), gpu_trace(own), gpu_rate(own),
-                  gpu_left_out(own), sources(own)]  # fmt: skip
-    return "\n\n".join(part for part in parts if part)
-
-
-def gpu_checks(rows: list[Row]) -> str:
-    """Checks against fp32 on the CPU, by case."""
-    lines = []
-    for case, own in by_case([row for row in rows if "tolerance" in row]).items():
-        worst = max(own, key=lambda row: row["difference"] / row["tolerance"])
-        lines.append([case, f"{sum(row['passed'] for row in own)} of {len(own)}", f"{worst['way']}: {worst['metric']}",
-                      f"{worst['difference']:.2g}", f"{worst['tolerance']:.2g}"])  # fmt: skip
-    return markdown(["check", "passed", "nearest to its tolerance", "difference", "tolerance"], lines) if lines else ""
-
-
-def gpu_steps(rows: list[Row]) -> str:
-    """Training steps. Those of few micro-batches, in which clipping and update weigh more than in a whole step."""
-    lines = [
-        [row["case"], row["way"], f"{row['micro_batch_size']} x {row['accumulation']}", told(row["tokens_per_s"]),
-         f"{row['mfu']:.1%}" if row["mfu"] else "", f"{row['share_of_matmul']:.0%}" if row["share_of_matmul"] else "",
-         f"{row['first_step_s']:.0f}", f"{row['peak_memory_bytes'] / 2**30:.1f}"]
-        for row in rows if "tokens_per_s" in row
-    ]  # fmt: skip
-    header = ["case", "way", "micro-batch x accumulation", "tokens/s", "MFU", "of the matmul rate", "first step, s", "GiB"]
-    return markdown(header, lines) if lines else ""
-
-
-def gpu_operations(rows: list[Row]) -> str:
-    """What the machine reaches, and single operations."""
-    lines = [
-        [row["case"], row["way"], f"{row['figure']:,.4g} {row['unit']}",
-         f"{row['extra_bytes'] / 2**20:,.0f}" if row.get("extra_bytes") is not None else ""]
-        for row in rows if row["part"] == "speed" and "figure" in row
-    ]  # fmt: skip
-    return markdown(["operation", "way", "figure", "MiB beyond its inputs"], lines) if lines else ""
-
-
-def gpu_trace(rows: list[Row]) -> str:
-    """Kernels of traced steps by time."""
-    kernels = [row for row in rows if "kernel" in row]
-    idle = [row["idle_share"] for row in rows if row.get("idle_share") is not None]
-    lines = [[f"`{row['kernel'][:70]}`", f"{row['ms_per_step']:.2f}", f"{row['share']:.1%}"] for row in kernels]
-    table = markdown(["kernel", "ms a step", "share"], lines) if lines else ""
-    return (f"Of the traced steps the GPU idles {idle[0]:.1%}.\n\n" if idle else "") + table
-
-
-def gpu_rate(rows: list[Row]) -> str:
-    """Loss by wall time, some points of the curve."""
-    for row in rows:
-        if row.get("curve"):
-            points = row["curve"][:: max(1, len(row["curve"]) // 8)]
-            lines = [[f"{point['elapsed_s']:.0f}", f"{point['tokens']:,}", f"{point['loss']:.3f}"] for point in points]
-            return f"`{row['case']}` on {row['text']}:\n\n" + markdown(["s", "tokens", "loss"], lines)
-    return ""
-
-
-def gpu_left_out(rows: list[Row]) -> str:
-    """What failed, or was not reached."""
-    lines = [
-        f"- {row['case']}{': ' + row['way'] if 'way' in row else ''}: {(row.get('error') or row['skipped']).splitlines()[-1]}"
-        for row in rows if "error" in row or "skipped" in row
-    ]  # fmt: skip
-    return "Not measured:\n\n" + "\n".join(lines) if lines else ""
 
 
 def draw(file: Path) -> None:

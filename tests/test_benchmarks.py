@@ -1,5 +1,6 @@
 """Benchmarks are run by hand; here each starts, does its work at toy size, and their page is what their rows say."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -25,10 +26,9 @@ TOY = {
 
 @pytest.fixture(scope="module")
 def performance():
-    spec = importlib.util.spec_from_file_location("performance", ROOT / "docs/performance.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT / "docs"))  # where its neighbours are
+    yield importlib.import_module("performance")
+    sys.path.remove(str(ROOT / "docs"))
 
 
 def test_every_command_is_there_and_listed():
@@ -126,7 +126,7 @@ def test_the_page_is_what_its_script_makes_of_the_rows(performance, monkeypatch)
 def test_the_gpu_sections_say_that_nothing_is_measured_yet_or_what_was(performance, tmp_path):
     memory = importlib.util.module_from_spec(importlib.util.spec_from_file_location("memory", ROOT / "docs/memory.py"))
     memory.__spec__.loader.exec_module(memory)
-    assert "No GPU has been measured yet" in performance.gpu(performance.gpu_rows(tmp_path))
+    assert "No GPU has been measured yet" in performance.performance_gpu.section(performance.performance_gpu.rows_of(tmp_path))
     assert "No GPU has been measured yet" in memory.on_gpus(tmp_path / "gpu.jsonl")[0]
     about = {
         "machine": "some H100", "commit": "abc", "command": "python benchmarks/gpu.py", "rehearsal": False,
@@ -147,7 +147,7 @@ def test_the_gpu_sections_say_that_nothing_is_measured_yet_or_what_was(performan
     lines = "".join(json.dumps(row | about) + "\n" for row in rows)
     rehearsed = json.dumps(rows[2] | about | {"way": "rehearsed", "rehearsal": True}) + "\n"
     (tmp_path / "gpu.jsonl").write_text(lines + rehearsed, encoding="utf-8")
-    text = performance.gpu(performance.gpu_rows(tmp_path))
+    text = performance.performance_gpu.section(performance.performance_gpu.rows_of(tmp_path))
     assert "**some H100**" in text
     assert "| modern_124m | isoflop | 32 x 4 | 400,000 (390,000 to 410,000) | 43.2% | 55% | 21 | 16.0 |" in text
     assert "- llama2_1.36b float8: torchao is not installed" in text
