@@ -1,16 +1,22 @@
 """Benchmarks are run by hand; here each starts, does its work at toy size, and their page is what their rows say."""
 
-import importlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 
+import gpu
+import memory
+import performance
+import performance_gpu
 import psutil
 import pytest
+import rows as benchmark_rows
+import step
+import torch
 from conftest import ROOT, run_command
+from gpu_parts import results, runner
 
 BENCHMARKS = ROOT / "benchmarks"
 COMMANDS = ("checkpoint", "growth", "loss", "out_of_the_box", "startup", "step")
@@ -22,13 +28,6 @@ TOY = {
     "growth": ["step", "prepare", "loading", "--sizes", "2", "--rounds", "2", "--megabytes", "2", "--windows", "100000"],
     "startup": ["--rounds", "1", "model.num_hidden_layers=1", "training.tokens_per_step=1024"],
 }
-
-
-@pytest.fixture(scope="module")
-def performance():
-    sys.path.insert(0, str(ROOT / "docs"))  # where its neighbours are
-    yield importlib.import_module("performance")
-    sys.path.remove(str(ROOT / "docs"))
 
 
 def test_every_command_is_there_and_listed():
@@ -73,31 +72,21 @@ def measured(name, folder):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_rows_of_the_same_case_are_replaced_and_others_kept(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import rows
-
+def test_rows_of_the_same_case_are_replaced_and_others_kept(tmp_path):
     given = type("Given", (), {"results": tmp_path})
     for case, figure in (("a", 1), ("b", 2), ("a", 3)):
-        rows.write(given, "toy", [{"case": case, "way": "x", "figure": figure}])
+        benchmark_rows.write(given, "toy", [{"case": case, "way": "x", "figure": figure}])
     written = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["case"], row["figure"]) for row in written] == [("b", 2), ("a", 3)]
 
 
 def test_a_copy_without_git_is_of_an_unknown_commit(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import rows
-
-    monkeypatch.setattr(rows, "ROOT", tmp_path)
-    assert rows.commit() == "unknown"
-    assert rows.about("abc")["commit"] == "abc"
+    monkeypatch.setattr(benchmark_rows, "ROOT", tmp_path)
+    assert benchmark_rows.commit() == "unknown"
+    assert benchmark_rows.about("abc")["commit"] == "abc"
 
 
 def test_a_matrix_product_is_of_random_numbers_and_its_rate_is_a_rate(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import step
-    import torch
-
     assert (step.GPU_MATRIX, step.CPU_MATRIX) == (8192, 2048)
     seen = []
     multiply = torch.mm
@@ -107,26 +96,21 @@ def test_a_matrix_product_is_of_random_numbers_and_its_rate_is_a_rate(monkeypatc
     assert all(0.9 < std < 1.1 and abs(mean) < 0.05 for std, mean in seen)
 
 
-def test_ways_take_turns_there_and_back(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import rows
-
+def test_ways_take_turns_there_and_back():
     order = []
-    found = rows.in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1)
+    found = benchmark_rows.in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1)
     assert "".join(order) == "ba" + "ab" + "ba"
     assert {way: len(seconds) for way, seconds in found.items()} == {"a": 2, "b": 2}
-    assert rows.paired([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == [3.0, 2.0, 4.0]
+    assert benchmark_rows.paired([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == [3.0, 2.0, 4.0]
 
 
-def test_the_page_is_what_its_script_makes_of_the_rows(performance, monkeypatch):
+def test_the_page_is_what_its_script_makes_of_the_rows(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert (ROOT / "docs/performance.md").read_text(encoding="utf-8") == performance.page()
 
 
-def test_the_gpu_sections_say_that_nothing_is_measured_yet_or_what_was(performance, tmp_path):
-    memory = importlib.util.module_from_spec(importlib.util.spec_from_file_location("memory", ROOT / "docs/memory.py"))
-    memory.__spec__.loader.exec_module(memory)
-    assert "No GPU has been measured yet" in performance.performance_gpu.section(performance.performance_gpu.rows_of(tmp_path))
+def test_the_gpu_sections_say_that_nothing_is_measured_yet_or_what_was(tmp_path):
+    assert "No GPU has been measured yet" in performance_gpu.section(performance_gpu.rows_of(tmp_path))
     assert "No GPU has been measured yet" in memory.on_gpus(tmp_path / "gpu.jsonl")[0]
     about = {
         "machine": "some H100", "commit": "abc", "command": "python benchmarks/gpu.py", "rehearsal": False,
@@ -147,7 +131,7 @@ def test_the_gpu_sections_say_that_nothing_is_measured_yet_or_what_was(performan
     lines = "".join(json.dumps(row | about) + "\n" for row in rows)
     rehearsed = json.dumps(rows[2] | about | {"way": "rehearsed", "rehearsal": True}) + "\n"
     (tmp_path / "gpu.jsonl").write_text(lines + rehearsed, encoding="utf-8")
-    text = performance.performance_gpu.section(performance.performance_gpu.rows_of(tmp_path))
+    text = performance_gpu.section(performance_gpu.rows_of(tmp_path))
     assert "**some H100**" in text
     assert "| modern_124m | isoflop | 32 x 4 | 400,000 (390,000 to 410,000) | 43.2% | 55% | 21 | 16.0 |" in text
     assert "- llama2_1.36b float8: torchao is not installed" in text
@@ -155,7 +139,7 @@ def test_the_gpu_sections_say_that_nothing_is_measured_yet_or_what_was(performan
     assert "| `gpt2_124m eager` | micro-batch 32 | 1,020 | 1,000 | 1,100 | +2.00% |" in memory.on_gpus(tmp_path / "gpu.jsonl")
 
 
-def test_every_row_says_where_it_is_from(performance):
+def test_every_row_says_where_it_is_from():
     for name in COMMANDS:
         rows = performance.rows_of(name)
         assert rows, name
@@ -197,16 +181,12 @@ for case in plan:
 """
 
 
-@pytest.fixture
-def gpu_parts(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from gpu_parts import results, runner
-
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch):
     monkeypatch.setattr(runner, "GRACE_S", 0.3)
-    return results, runner
 
 
-def run_worker(runner, folder, script, seconds=60):
+def run_worker(folder, script, seconds=60):
     (folder / "worker.py").write_text(script, encoding="utf-8")
     rows = []
     command = [sys.executable, str(folder / "worker.py")]
@@ -214,9 +194,9 @@ def run_worker(runner, folder, script, seconds=60):
     return good, rows
 
 
-def test_a_crash_and_a_hang_cost_their_case_alone(gpu_parts, tmp_path, monkeypatch):
+def test_a_crash_and_a_hang_cost_their_case_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    good, rows = run_worker(gpu_parts[1], tmp_path, WORKER)
+    good, rows = run_worker(tmp_path, WORKER)
     assert not good
     assert [(row["part"], row["case"], row["error"].splitlines()[0]) for row in rows] == [
         ("speed", "crashes", "the process ended with SIGABRT"), ("speed", "hangs", "not done after its limit of 0 s"),
@@ -232,10 +212,10 @@ def test_a_crash_and_a_hang_cost_their_case_alone(gpu_parts, tmp_path, monkeypat
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
-def test_what_the_time_does_not_reach_is_skipped(gpu_parts, tmp_path, monkeypatch):
+def test_what_the_time_does_not_reach_is_skipped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = WORKER.replace("limit_s=0.5", "limit_s=500").replace("os.abort()", "pass")
-    good, rows = run_worker(gpu_parts[1], tmp_path, script, seconds=1.5)
+    good, rows = run_worker(tmp_path, script, seconds=1.5)
     assert good
     assert [(row["case"], "error" in row, row["skipped"][:23]) for row in rows] == [
         ("hangs", False, "the part's time was up "), ("works too", False, "the part's time was up"),
@@ -245,15 +225,14 @@ def test_what_the_time_does_not_reach_is_skipped(gpu_parts, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("script", "said"), [("raise SystemExit('no CUDA')", "no CUDA"), ("", "the process ended without a plan of its cases")]
 )
-def test_a_worker_that_does_not_start_is_a_row_too(script, said, gpu_parts, tmp_path, monkeypatch):
+def test_a_worker_that_does_not_start_is_a_row_too(script, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    good, rows = run_worker(gpu_parts[1], tmp_path, script)
+    good, rows = run_worker(tmp_path, script)
     assert (good, [row["case"] for row in rows]) == (False, ["start"])
     assert said in rows[0]["error"]
 
 
-def test_rows_of_an_earlier_run_are_replaced_case_by_case(gpu_parts, tmp_path):
-    results, _ = gpu_parts
+def test_rows_of_an_earlier_run_are_replaced_case_by_case(tmp_path):
     for run, case, figure in ((1, "a", 1), (1, "b", 2), (2, "a", 3), (2, "a", 4)):
         results.put(tmp_path, [{"part": "speed", "case": case, "way": "x", "figure": figure}], {"machine": "m", "run": run})
     results.put(tmp_path, [{"part": "speed", "case": "a", "way": "x", "figure": 5}], {"machine": "other", "run": 3})
@@ -263,41 +242,31 @@ def test_rows_of_an_earlier_run_are_replaced_case_by_case(gpu_parts, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.jsonl"]
 
 
-def test_lines_say_what_came_out(gpu_parts):
-    line_of, failed = gpu_parts[0].line_of, gpu_parts[0].failed
+def test_lines_say_what_came_out():
     check = {"part": "correct", "case": "c", "way": "fp32", "metric": "loss", "tolerance": 1e-3}
     rows = [check | {"difference": 5e-4, "passed": True}, check | {"way": "bf16", "difference": 2e-3, "passed": False}]
-    assert line_of(rows) == "1 of 2 checks passed; nearest to its tolerance: bf16, loss 0.002 (tolerance 0.001)"
-    assert list(map(failed, rows)) == [False, True]
+    assert results.line_of(rows) == "1 of 2 checks passed; nearest to its tolerance: bf16, loss 0.002 (tolerance 0.001)"
+    assert list(map(results.failed, rows)) == [False, True]
     assert (
-        line_of([{"part": "speed", "case": "c", "error": "Traceback\n\nRuntimeError: broken\n"}])
+        results.line_of([{"part": "speed", "case": "c", "error": "Traceback\n\nRuntimeError: broken\n"}])
         == "FAILED: RuntimeError: broken"
     )
-    assert line_of([{"part": "speed", "case": "c", "skipped": "torchao is not installed"}]) == "skipped: torchao is not installed"
+    assert (
+        results.line_of([{"part": "speed", "case": "c", "skipped": "torchao is not installed"}])
+        == "skipped: torchao is not installed"
+    )
     memory = {"part": "memory", "case": "m", "way": "micro-batch 8", "predicted_bytes": 102, "allocated_bytes": 100}
-    assert line_of([memory]) == "micro-batch 8 +2.0%"
+    assert results.line_of([memory]) == "micro-batch 8 +2.0%"
 
 
-@pytest.fixture(scope="module")
-def gpu():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("gpu_benchmark", BENCHMARKS / "gpu.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
-
-
-def test_the_minutes_are_shared_and_what_is_left_goes_on(gpu):
+def test_the_minutes_are_shared_and_what_is_left_goes_on():
     assert gpu.limits(["correct", "memory", "speed", "rate"], 0.0, 480.0) == {
         "correct": 120.0, "memory": 180.0, "speed": 420.0, "rate": 480.0,
     }  # fmt: skip
     assert gpu.limits(["memory", "rate"], 100.0, 200.0) == {"memory": 150.0, "rate": 200.0}
 
 
-def test_the_package_is_found_where_it_is_not_installed(gpu, tmp_path):
+def test_the_package_is_found_where_it_is_not_installed(tmp_path):
     folder = gpu.link_package(tmp_path / "package")
     code = "import isoflop.modeling.loss, importlib.metadata as m; print(isoflop.__file__, m.version('isoflop'))"
     found = subprocess.run(

@@ -1,12 +1,13 @@
 """The pages that are computed: what they print is what stands in the tree."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 
+import ablation
 import pytest
+import reproductions
 from conftest import ROOT
 
 from isoflop.recipe import differences
@@ -15,33 +16,16 @@ from isoflop.recipe_file import load_recipe
 DOCS = ROOT / "docs"
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def reproductions():
-    return script("reproductions")
-
-
-@pytest.fixture(scope="module")
-def ablation():
-    return script("ablation")
-
-
 @pytest.fixture(autouse=True)
 def checkout(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_the_reproductions_page_is_what_its_script_prints(reproductions):
+def test_the_reproductions_page_is_what_its_script_prints():
     assert (DOCS / "reproductions.md").read_text(encoding="utf-8") == reproductions.page()
 
 
-def test_the_figure_is_drawn(reproductions, tmp_path):
+def test_the_figure_is_drawn(tmp_path):
     reproductions.draw_profile(tmp_path / "profile.png")
     assert (tmp_path / "profile.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -53,7 +37,7 @@ def test_the_figure_is_drawn(reproductions, tmp_path):
         ((10.0, 30.0), 30, 2048, 2_224_154_624, 61.545e9, 2.351, 0.60),
     ],
 )
-def test_the_founding_search_gives_what_it_published(reproductions, constraint, layers, width, parameters, tokens, loss, spent):
+def test_the_founding_search_gives_what_it_published(constraint, layers, width, parameters, tokens, loss, spent):
     found = reproductions.founding_search(constraint)
     assert (found.layers, found.width, found.parameters) == (layers, width, parameters)
     assert found.tokens == pytest.approx(tokens, abs=1e6)
@@ -61,7 +45,7 @@ def test_the_founding_search_gives_what_it_published(reproductions, constraint, 
     assert found.spent == pytest.approx(spent, abs=5e-3)
 
 
-def test_the_chinchilla_table_is_6nd(reproductions):
+def test_the_chinchilla_table_is_6nd():
     assert all(6 * n * d == pytest.approx(flops, rel=0.05) for n, flops, d in reproductions.CHINCHILLA_TABLE)
 
 
@@ -177,7 +161,7 @@ def test_the_laws_page_is_made_anew(tmp_path):
     assert (tmp_path / "laws.md").read_text(encoding="utf-8").count("\n| ") > 15
 
 
-def test_the_laptops_ablation_makes_the_changes_of_the_124m_recipes(ablation):
+def test_the_laptops_ablation_makes_the_changes_of_the_124m_recipes():
     recipes = {path.stem.removeprefix("124m_"): load_recipe(path) for path in (ROOT / "recipes/ablations").glob("124m_*.yaml")}
     assert set(recipes) == set(ablation.CHANGES)
     runs = {name: ablation.run_of(name, 0, []) for name in recipes}
@@ -198,7 +182,7 @@ def test_the_laptops_ablation_makes_the_changes_of_the_124m_recipes(ablation):
             assert (run.steps, run.flops) == ((2 * steps, 2 * flops) if name == "epochs" else (steps, flops))
 
 
-def test_the_laptops_ablation_tells_differences_from_seeds(ablation, tmp_path):
+def test_the_laptops_ablation_tells_differences_from_seeds(tmp_path):
     """Made-up losses: seeds differ by 0.01, one change is worth 0.1, all three together 0.05 beyond the sum."""
     worth = {"rope": -0.1, "all_three": -0.15}
     seeds = (-0.01, 0.0, 0.01)

@@ -1,10 +1,11 @@
 """docs/roofline.md: the page is what its script makes, its counts are those of real layers, and its arithmetic is right."""
 
-import importlib
 import math
 import re
 
 import pytest
+import roofline
+import roofline_model as model
 import torch
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,28 +24,21 @@ NO_KERNEL = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def roofline(monkeypatch):
+@pytest.fixture(autouse=True)
+def checkout(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(DOCS))
-    return importlib.import_module("roofline")
 
 
-@pytest.fixture
-def model(roofline):
-    return importlib.import_module("roofline_model")
-
-
-def variants_of(roofline):
+def variants():
     return [(case, variant) for case in roofline.cases() for variant in roofline.VARIANTS]
 
 
-def test_the_page_is_what_its_script_makes(roofline):
+def test_the_page_is_what_its_script_makes():
     """After a change of the recipes, the loss's chunks or the hardware table: python docs/roofline.py."""
     assert (DOCS / "roofline.md").read_text(encoding="utf-8") == roofline.page()
 
 
-def test_the_figure_is_drawn(roofline, tmp_path):
+def test_the_figure_is_drawn(tmp_path):
     roofline.draw(tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -54,8 +48,8 @@ def test_the_page_is_among_those_that_make_pages_makes():
     assert "docs/roofline.py" in pages
 
 
-def test_shares_sum_to_one(roofline, model):
-    for case, variant in variants_of(roofline):
+def test_shares_sum_to_one():
+    for case, variant in variants():
         times = roofline.times(case, variant)
         assert sum(time.seconds for time in times.values()) / model.step_s(times) == pytest.approx(1)
 
@@ -71,16 +65,16 @@ def test_printed_shares_sum_to_100_percent():
             assert sum(map(float, column)) == pytest.approx(100, abs=0.05 * len(rows))
 
 
-def test_counted_flops_are_those_of_mfu(roofline, model):
+def test_counted_flops_are_those_of_mfu():
     """Layers, attention as counted and the loss's products: exactly `flops_per_token`, whatever is compiled."""
-    for case, variant in variants_of(roofline):
+    for case, variant in variants():
         works = model.step_costs(case, variant)
         counted = sum(work.flops if work.counted_flops is None else work.counted_flops for work in works)
         tokens = 524_288 // case.machine.num_gpus
         assert counted == cost.flops_per_token(case.recipe.model, case.recipe.training.sequence_length) * tokens
 
 
-def test_one_case_by_hand(roofline, model):
+def test_one_case_by_hand():
     """modern_124m on one H100: 16 micro-batches of 32,768 tokens; 12 layers of 768 and 2,048, 12 heads of 64, 50,304 ids."""
     case = roofline.case_of("modern_124m", roofline.H100)
     before, eager, compiled = (roofline.times(case, variant) for variant in roofline.VARIANTS)
@@ -107,14 +101,14 @@ def test_one_case_by_hand(roofline, model):
     assert compiled["clipping and AdamW"].seconds == pytest.approx(40 * 123_587_328 / 3.0e12)
 
 
-def test_what_bounds_the_loss(roofline):
+def test_what_bounds_the_loss():
     """What the loss's chunks and its softmax were changed for: launches at 50,304 ids, memory at 128,256; arithmetic now."""
     for name, was in (("modern_124m", "launches"), ("llama3_1.5b", "memory")):
         case = roofline.case_of(name, roofline.H100)
         assert [roofline.times(case, variant)["loss"].bound for variant in ("before", "eager")] == [was, "arithmetic"]
 
 
-def test_traffic_by_hand(roofline, model):
+def test_traffic_by_hand():
     """llama2_1.36b, two GPUs, 16 micro-batches: each sends half of what it gathers or reduces."""
     case = roofline.case_of("llama2_1.36b", roofline.A6000_PAIR)
     n, head = 1_294_159_104, 32_000 * 2_304
@@ -155,7 +149,7 @@ def size(value):
 
 
 @pytest.mark.parametrize("arithmetic", ["autocast", "bf16"])
-def test_the_eager_layers_traffic_is_that_of_a_real_layer(model, arithmetic):
+def test_the_eager_layers_traffic_is_that_of_a_real_layer(arithmetic):
     hidden, heads, key_heads, inner, tokens = 512, 8, 4, 1024, 8 * 32
     llama = LlamaModel(
         model_type="llama", vocab_size=32, max_position_embeddings=32, hidden_size=hidden, intermediate_size=inner,
@@ -190,14 +184,14 @@ def test_the_eager_layers_traffic_is_that_of_a_real_layer(model, arithmetic):
     assert 0 < left_out < tokens * hidden
 
 
-def test_compiled_layers_move_less_of_everything(model):
+def test_compiled_layers_move_less_of_everything():
     for arithmetic, passes in model.EAGER.items():
         for name in ("hidden", "heads", "inner", "kernels"):
             eager, compiled = (sum(getattr(p, name) for p in each) for each in (passes, model.COMPILED[arithmetic]))
             assert compiled < eager
 
 
-def test_kernels_of_the_old_softmax_are_those_of_a_block(model, monkeypatch):
+def test_kernels_of_the_old_softmax_are_those_of_a_block(monkeypatch):
     """A CPU's loss still goes block by block: twice the blocks, 15 kernels more for each."""
     vocab, rows = 1000, 32
     counts = []

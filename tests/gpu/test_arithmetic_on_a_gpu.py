@@ -2,36 +2,30 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
+from gpu_parts.cases import small_recipe
+from gpu_parts.correct import (
+    BATCH,
+    END,
+    FAMILIES,
+    LENGTH,
+    TOLERANCES,
+    VOCABULARY,
+    WIDTH,
+    loss_and_gradients,
+    reference_loss,
+    relative,
+    some_ids,
+)
 
 from isoflop.devices import why_no_gpu
 from isoflop.modeling import documents, loss
 from isoflop.modeling.loss import IGNORED, linear_cross_entropy_sum
-from isoflop.recipe import Recipe
 from isoflop.training_model import build_training_model
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason=f"needs ISOFLOP_TEST_GPU=1: {why_no_gpu()}"),
 ]
-
-END = 1  # id that ends a document
-BATCH, LENGTH, VOCABULARY, WIDTH = 4, 256, 4096, 256
-FAMILIES = {
-    "gpt2": {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": WIDTH, "n_layer": 2, "n_head": 4},
-    "llama": {
-        "model_type": "llama", "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "hidden_size": WIDTH,
-        "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    },
-    "hybrid": {
-        "model_type": "hybrid", "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "hidden_size": WIDTH,
-        "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "positions": "rope",
-        "norm_position": "post", "qk_norm": True, "mlp": "relu2", "final_logit_softcapping": 30.0,
-    },
-}  # fmt: skip
-# Unit roundoff: fp32 2^-24 = 6e-8, summed in another order; bf16 2^-9 = 0.002, some 20 of them through two layers and back.
-LOSS_TOLERANCE = {"fp32": 5e-6, "bf16": 1e-3}
-GRADIENT_TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
 
 every_arithmetic = pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -41,12 +35,6 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 def fresh_compiler():
     """Each test compiles its own graphs: a process refuses more than some of one function."""
     torch._dynamo.reset()
-
-
-def relative(found, reference):
-    """|found - reference| / |reference| by the Euclidean norm, in fp64 on the CPU."""
-    wide = reference.detach().cpu().double()
-    return ((found.detach().cpu().double() - wide).norm() / wide.norm()).item()
 
 
 @every_arithmetic
@@ -64,76 +52,52 @@ def test_the_chunked_loss_is_the_plain_one(arithmetic, softcap, chunk_rows, comp
     targets[::7] = IGNORED
     dtype = torch.float32 if arithmetic == "fp32" else torch.bfloat16
 
-    plain = [hidden.to(dtype).float().requires_grad_(), weight.to(dtype).float().requires_grad_()]
-    logits = plain[0] @ plain[1].T
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    expected = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    expected_gradients = torch.autograd.grad(expected, plain)
-
+    expected, *expected_gradients = reference_loss(hidden.to(dtype).float(), weight.to(dtype).float(), targets, softcap)
     ours = [hidden.to("cuda", dtype).requires_grad_(), weight.cuda().requires_grad_()]
     found = linear_cross_entropy_sum(*ours, targets.cuda(), chunk_rows, softcap)
     gradients = torch.autograd.grad(found, ours)
-    assert relative(found, expected) < {"fp32": 5e-6, "bf16": 2e-4}[arithmetic]
+    alone = "" if arithmetic == "fp32" else " alone"
+    assert relative(found, expected) < tolerance(arithmetic, f"loss{alone}")
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        assert relative(gradient, expected_gradient) < {"fp32": 2e-5, "bf16": 8e-3}[arithmetic]
+        assert relative(gradient, expected_gradient) < tolerance(arithmetic, f"gradient{alone}")
     assert gradients[1].dtype == torch.float32  # never rounded to bf16, in which small parts of a sum would be lost
     assert not gradients[0][::7].any()
     assert gradients[0][1::7].any()
 
 
+def tolerance(arithmetic, quantity):
+    """The largest allowed difference, whose reason stands beside it."""
+    return TOLERANCES[arithmetic, quantity][0]
+
+
 def model_of(family, device, **training):
-    recipe = Recipe.model_validate(
-        {
-            "model": FAMILIES[family],
-            "tokenizer": {"train_vocab_size": VOCABULARY},
-            "data": {"source": {"kind": "python_stdlib"}, "prepared_dir": "none"},
-            "training": {
-                "sequence_length": LENGTH, "tokens_per_step": LENGTH * BATCH, "micro_batch_size": BATCH, "max_steps": 1,
-                **training,
-            },
-            "optimizer": {"peak_learning_rate": 3e-4},
-            "output": {"run_dir": "none"},
-        }
-    )  # fmt: skip
+    recipe = small_recipe(FAMILIES[family], LENGTH, BATCH, **training)
     return build_training_model(recipe, END, None, torch.device(device))
 
 
-def some_ids():
-    """Windows of random ids, (batch, seq), in which a document ends every 50 tokens or so."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(END + 1, VOCABULARY, (BATCH, LENGTH), generator=generator)
-    return torch.where(torch.rand(ids.shape, generator=generator) < 0.02, END, ids)
-
-
-def loss_and_gradients(model, ids, arithmetic):
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=arithmetic == "bf16"):
-        value = model(ids)
-    value.backward()
-    gradients = torch.cat([parameter.grad.detach().cpu().flatten() for _, parameter in sorted(model.named_parameters())])
-    model.zero_grad(set_to_none=True)
-    return value.detach().cpu(), gradients
-
-
 def assert_alike(found, reference, arithmetic):
-    assert relative(found[0], reference[0]) < LOSS_TOLERANCE[arithmetic]
-    assert relative(found[1], reference[1]) < GRADIENT_TOLERANCE[arithmetic]
+    assert relative(found[0], reference[0]) < tolerance(arithmetic, "loss")
+    both = [torch.cat([gradients[name].flatten() for name in reference[1]]) for gradients in (found[1], reference[1])]
+    assert relative(*both) < tolerance(arithmetic, "gradient")
 
 
 @every_family
 @every_arithmetic
 @pytest.mark.parametrize("document_masking", [False, True])
 def test_a_model_computes_what_it_computes_on_a_cpu(family, arithmetic, document_masking):
-    reference = loss_and_gradients(model_of(family, "cpu", compile=False, document_masking=document_masking), some_ids(), "fp32")
+    reference = loss_and_gradients(
+        model_of(family, "cpu", compile=False, document_masking=document_masking), some_ids(), bf16=False
+    )
     model = model_of(family, "cuda", compile=False, document_masking=document_masking)
-    assert_alike(loss_and_gradients(model, some_ids().cuda(), arithmetic), reference, arithmetic)
+    assert_alike(loss_and_gradients(model, some_ids().cuda(), arithmetic == "bf16"), reference, arithmetic)
 
 
 @every_family
 def test_compiled_layers_compute_what_eager_ones_do_on_a_cpu(family):
     if not loss._has_triton():
         pytest.skip("triton is not installed")
-    reference = loss_and_gradients(model_of(family, "cpu", compile=False), some_ids(), "fp32")
-    assert_alike(loss_and_gradients(model_of(family, "cuda"), some_ids().cuda(), "bf16"), reference, "bf16")
+    reference = loss_and_gradients(model_of(family, "cpu", compile=False), some_ids(), bf16=False)
+    assert_alike(loss_and_gradients(model_of(family, "cuda"), some_ids().cuda(), bf16=True), reference, "bf16")
 
 
 def varlen_or_skip():
@@ -148,10 +112,10 @@ def test_the_kernel_for_documents_computes_what_a_mask_does(family, monkeypatch)
     varlen = documents._attend_varlen
     monkeypatch.setattr(documents, "_attend_varlen", lambda *args: calls.append(1) or varlen(*args))
     model, ids = model_of(family, "cuda", compile=False, document_masking=True), some_ids().cuda()
-    by_kernel = loss_and_gradients(model, ids, "bf16")
+    by_kernel = loss_and_gradients(model, ids, bf16=True)
     assert len(calls) == 2  # one a layer
     monkeypatch.setattr(documents, "_has_varlen_kernel", lambda device: False)
-    by_mask = loss_and_gradients(model, ids, "bf16")
+    by_mask = loss_and_gradients(model, ids, bf16=True)
     assert len(calls) == 2
     assert_alike(by_kernel, by_mask, "bf16")
 
