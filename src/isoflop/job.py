@@ -123,6 +123,10 @@ class Job:
                 arguments["bounds"] = to_device(bounds, accelerator.device)
         return micro_batches
 
+    def mean_loss(self, loss_sum: float) -> float:
+        """Loss of a step from its sum over the micro-batches of all ranks."""
+        return loss_sum / (self.accumulation * self.accelerator.num_processes)
+
     def validation_order(self) -> NDArray[np.int64]:
         """The held-out windows to measure on: the same ones for every run over this data; of each source by its share."""
         data, sizes = self.recipe.data, [split.windows for split in self.manifest.split("validation")]

@@ -169,7 +169,7 @@ def train_step(job: Job, progress: Progress) -> Row | None:
     if job.runs_ahead and not something_is_due(recipe, step + 1, job.num_steps):
         job.ahead.enqueued((step + 1, batch + 1), sum_gradients(job, step + 1, batch + 1))
     loss_sum, grad_norm, *squares = values.read()
-    loss = loss_sum / (job.accumulation * job.accelerator.num_processes)
+    loss = job.mean_loss(loss_sum)
     if (anomaly := find_anomaly(progress.history, loss, grad_norm, recipe.anomalies)) is None:
         remember(progress.history, loss, grad_norm)
     job.ahead.since = time.perf_counter()
@@ -216,8 +216,7 @@ def update(job: Job, progress: Progress, summed: torch.Tensor) -> tuple[Readback
         update_unless(~judged.isfinite().all(), job.inner_optimizer, optimizer.step)
     else:
         loss_sum, norm, *_ = values.read()
-        loss = loss_sum / (job.accumulation * job.accelerator.num_processes)
-        if find_anomaly(progress.history, loss, norm, recipe.anomalies) is None:
+        if find_anomaly(progress.history, job.mean_loss(loss_sum), norm, recipe.anomalies) is None:
             optimizer.step()
     zero_gradients(job)
     return values, norms
