@@ -110,7 +110,7 @@ step; *weights kept*: FSDP2's layers stay gathered from one micro-batch to the n
   `modern_124m` will be further below its row than the others.
 - Which attention kernel torch chooses (FlashAttention-2, cuDNN's), and what it reaches at head dimensions of 64 and 128 and
   {lengths} tokens.
-- What inductor fuses: the compiled rows are the least a layer can move. The softmax of the loss may take one pass more.
+- What inductor fuses: the compiled rows are the least a layer can move.
 - Whether the host keeps ahead: {launch_us:.0f} us is an assumption, and autograd, compiled layers and FSDP2's hooks add host time
   of their own for each layer.
 - How much communication hides: collectives take multiprocessors and memory bandwidth from the kernels they overlap with, and PCIe

@@ -118,12 +118,13 @@ def _softmax_into_gradient(logits: Tensor, targets: Tensor, softcap: float | Non
         tanh = torch.tanh(wide / softcap)
         wide, slope = tanh * softcap, 1 - tanh.square()
     index = targets.clamp(min=0).unsqueeze(-1)
-    # Not torch.logsumexp, whose guard against infinities keeps the compiler from its one-pass softmax.
-    largest = wide.amax(-1, keepdim=True)
-    log_z = largest + (wide - largest).exp().sum(-1, keepdim=True).log()
-    loss = torch.where(targets != IGNORED, (log_z - wide.gather(-1, index)).squeeze(-1), 0.0).sum()
+    # Not torch.logsumexp, whose guard against infinities keeps the compiler from its one-pass softmax. Logits are shifted before
+    # log Z is taken off: rounded at a logit of 40 it would move all probabilities by 2e-6 of themselves.
+    shifted = wide - wide.amax(-1, keepdim=True)
+    log_z = shifted.exp().sum(-1, keepdim=True).log()
+    loss = torch.where(targets != IGNORED, (log_z - shifted.gather(-1, index)).squeeze(-1), 0.0).sum()
     if want_gradient:  # softmax - onehot
-        gradient = torch.exp(wide - log_z) - (torch.arange(logits.shape[1], device=logits.device) == index).float()
+        gradient = torch.exp(shifted - log_z) - (torch.arange(logits.shape[1], device=logits.device) == index).float()
         logits.copy_(gradient if slope is None else gradient * slope)
     return loss
 
