@@ -44,12 +44,12 @@ def document_bounds(positions: Tensor) -> Tensor:
 
 
 def document_arguments(
-    input_ids: Tensor, document_end: int, attention: str, dtype: torch.dtype, bounds: Tensor | None = None
+    input_ids: Tensor, document_end: int, attention: str, dtype: torch.dtype, cu_seq_lens: Tensor | None = None
 ) -> dict[str, Any]:
     """What keeps the documents of (batch, seq) ids apart, as arguments of a stock model's forward without a cache.
 
-    `attention` is the name of the model's implementation, `dtype` that of its weights, `bounds` their `document_bounds` where
-    these are known already. For eager the positions suffice: transformers makes its mask of them.
+    `attention` is the name of the model's implementation, `dtype` that of its weights, `cu_seq_lens` the documents'
+    bounds where these are known already. For eager the positions suffice: transformers makes its mask of them.
     """
     positions = document_positions(input_ids, document_end)
     arguments: dict[str, Any] = {"position_ids": positions}
@@ -57,7 +57,7 @@ def document_arguments(
         return arguments
     if not attention.startswith("flash") and not _has_varlen_kernel(input_ids.device):
         return arguments | {"attention_mask": document_mask(positions, _computed_in(input_ids.device, dtype))}
-    bounds = document_bounds(positions) if bounds is None else bounds
+    bounds = document_bounds(positions) if cu_seq_lens is None else cu_seq_lens
     longest = input_ids.shape[1]  # a bound, and enough for the kernels: the true one would have to be waited for
     return arguments | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 

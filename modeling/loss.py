@@ -258,17 +258,17 @@ class TrainingModel(nn.Module):
         head: nn.Module = self.causal_lm.get_output_embeddings()
         return head
 
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None, bounds: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None, cu_seq_lens: Tensor | None = None) -> Tensor:
         """Mean loss in nats over the targets of (batch, seq) ids: each id predicts the next one of its window.
 
         `targets` (batch, seq - 1) replaces `input_ids[:, 1:]`; rows of `IGNORED` carry no loss, and with it the sum is
-        returned instead of the mean, so that batches of different sizes can be added. `bounds` are the documents', where known:
-        finding them here makes the host wait for a GPU.
+        returned instead of the mean, so that batches of different sizes can be added. `cu_seq_lens` are the
+        documents' bounds, where known: finding them here makes the host wait for a GPU.
         """
         documents = {}
         if self.document_end is not None:
             attention, dtype = self.causal_lm.config._attn_implementation, self.causal_lm.get_input_embeddings().weight.dtype
-            documents = document_arguments(input_ids, self.document_end, attention, dtype, bounds)
+            documents = document_arguments(input_ids, self.document_end, attention, dtype, cu_seq_lens)
         hidden = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **documents).last_hidden_state
         # A window's last id predicts nothing. It goes through the head all the same: leaving it out would copy what is left, and
         # odd numbers of rows multiply slower (13% at vocabulary 4,096 in bf16) than one more.

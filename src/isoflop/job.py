@@ -110,7 +110,7 @@ class Job:
     def batch(self, step: int) -> list[dict[str, torch.Tensor]]:
         """Arguments of the model for each micro-batch of this rank in a 0-based step, on its device.
 
-        `input_ids` are (micro_batch_size, sequence_length); with document masking come the documents' `bounds`.
+        `input_ids` are (micro_batch_size, sequence_length); with document masking come the documents' bounds, `cu_seq_lens`.
         """
         training, accelerator = self.recipe.training, self.accelerator
         indices = self.order.of_step(step, training.tokens_per_step // training.sequence_length)
@@ -120,7 +120,7 @@ class Job:
         if (end := self.training_model.document_end) is not None:
             for arguments, on_host in zip(micro_batches, ids, strict=True):
                 bounds = document_bounds(document_positions(on_host, end))
-                arguments["bounds"] = to_device(bounds, accelerator.device)
+                arguments["cu_seq_lens"] = to_device(bounds, accelerator.device)
         return micro_batches
 
     def mean_loss(self, loss_sum: float) -> float:
