@@ -125,7 +125,8 @@ class Job:
 
     def mean_loss(self, loss_sum: float) -> float:
         """Loss of a step from its sum over the micro-batches of all ranks."""
-        return loss_sum / (self.accumulation * self.accelerator.num_processes)
+        micro_batches: int = self.accumulation * self.accelerator.num_processes
+        return loss_sum / micro_batches
 
     def validation_order(self) -> NDArray[np.int64]:
         """The held-out windows to measure on: the same ones for every run over this data; of each source by its share."""
