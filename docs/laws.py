@@ -58,7 +58,7 @@ says of each how far to believe it; this page measures the fits themselves.
 
 - **Parametric law** (approach 3 of Hoffmann et al. 2022): their objective, the sum of Huber losses (delta 1e-3) of log loss,
   by damped Newton steps on analytic second derivatives, in logarithms of the coefficients and about the means of log N and log D.
-  A grid of 2,025 starts is scored at once, and the best 50 are polished side by side. The fit says whether it converged, stopped
+  A grid of 3,969 starts is scored at once, and the best 50 are polished side by side. The fit says whether it converged, stopped
   at a bound, ran out of iterations or is ill conditioned; only what converged is written as a law.
 - **Intervals** hold 90%: the runs' residuals are drawn anew, smoothed and widened for the coefficients they were fitted with, and
   the law is refitted to each draw. A run's own interval adds the residuals of single runs.

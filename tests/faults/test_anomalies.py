@@ -19,8 +19,8 @@ take, forward, bad = job.Job.batch, loss.TrainingModel.forward, [False]
 def batch(self, step):
     bad[0] = step == {batch}
     return take(self, step)
-def poisoned(self, *inputs):
-    value = forward(self, *inputs)
+def poisoned(self, *inputs, **named):
+    value = forward(self, *inputs, **named)
     return value * {factor} if bad[0] and self.training else value
 job.Job.batch, loss.TrainingModel.forward = batch, poisoned
 """

@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 from designs import COURSE, HOFFMANN, course, grid, isoflop, many
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from isoflop.errors import UserError
@@ -35,6 +35,8 @@ LAWS = st.tuples(st.floats(0.5, 3), st.floats(50, 2000), st.floats(0.2, 0.6), st
 
 
 @given(law=LAWS)
+@example((2.0, 50.0, 0.5, 50.0, 0.59375))  # a D-term of 7e-6 to 1e-4 of the loss
+@example((3.0, 2000.0, 0.6, 50.0, 0.6))
 @settings(deadline=None, max_examples=25)
 def test_any_law_is_recovered_from_its_own_losses(law):
     found = fit_parametric(grid(law=np.array(law)))
