@@ -142,7 +142,7 @@ from isoflop.distributed import build_accelerator
 from isoflop.resume import Progress
 from isoflop.stop import StopRequest
 from isoflop.job import build_job, check_data
-from isoflop.pretrain import settle_buckets, train_step
+from isoflop.pretrain import warm_up, train_step
 from isoflop.recipe_file import load_recipe
 
 recipe = load_recipe({str(tmp_path / "toy.yaml")!r}, ["training.micro_batch_size=2"])
@@ -150,7 +150,7 @@ accelerator = build_accelerator(recipe.output)
 with StopRequest() as stop:
     job = build_job(recipe, check_data(recipe, False), accelerator, stop)
     stop.arm()
-    settle_buckets(job)
+    warm_up(job)
     for step in range(2):
         assert job.accumulation == 2 and train_step(job, Progress(step=step))
         parameters = list(job.causal_lm.parameters())

@@ -12,6 +12,7 @@ import time
 from contextlib import AbstractContextManager
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from isoflop import cost
@@ -35,7 +36,7 @@ from isoflop.resume import NEWEST, Progress, load_checkpoint, roll_back, save_ch
 from isoflop.run_ahead import Readback, update_unless
 from isoflop.run_folder import RunFolder
 from isoflop.stop import EXIT_RESUME, StopRequest, leave_after_lost_rank
-from isoflop.validation import bits_per_byte, validation_loss
+from isoflop.validation import bits_per_byte, untouched_random_state, validation_loss
 
 
 def pretrain(
@@ -120,7 +121,7 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool, num_
 def train(job: Job, log: MetricsLog, progress: Progress, profiler: StepProfiler, collector: StepCollector) -> bool:
     """The training loop. False when a signal ended it early, with a checkpoint of the last finished step."""
     job.stop.arm()
-    settle_buckets(job)
+    warm_up(job)
     stopped_before_its_row = reduce_sum(job.accelerator, float(log.lacks(progress.step)))
     if stopped_before_its_row and not measure(job, log, progress.row or {}):
         return False
@@ -275,17 +276,22 @@ def passes(job: Job, progress: Progress, row: Row) -> bool:
     return policy.policy == "skip"
 
 
-def settle_buckets(job: Job) -> None:
-    """Let DDP arrange its gradient buckets in backward passes that count for nothing.
+def warm_up(job: Job) -> None:
+    """Run forward and backward passes that count for nothing, where an engine settles something in its first ones.
 
-    It does so after the first one; the sums of three ranks or more depend on the arrangement in their last bits, so a resumed run
-    would differ from an undisturbed one. The second fills the new buckets; the old ones are let go before they are made.
+    DDP arranges its gradient buckets after the first backward pass. The sums of three ranks or more depend on the arrangement in
+    their last bits, so a resumed run would differ from an undisturbed one. The second pass fills the new buckets; the old ones
+    are freed before. FSDP2 takes the module of the first forward pass for its root, and a resumed run may start with samples,
+    whose forward passes are the inner model's.
     """
     if isinstance(job.model, DistributedDataParallel):
         micro_batch = job.batch(step=0)[0]
         for set_to_none in (True, False):
             job.accelerator.backward(job.model(**micro_batch))
             job.optimizer.zero_grad(set_to_none=set_to_none)
+    elif isinstance(job.model, FSDPModule):
+        with torch.no_grad(), untouched_random_state(job.accelerator.device):
+            job.model(**job.batch(step=0)[0])
 
 
 def measure(job: Job, log: MetricsLog, row: Row) -> bool:
@@ -362,7 +368,7 @@ def check_only(job: Job) -> int:
     require_disk(job)
     there = list_checkpoints(job.folder.checkpoints)
     onwards = f", going on from {there[-1].name}" if there else ""
-    settle_buckets(job)
+    warm_up(job)
     started = time.perf_counter()
     row = train_step(job, Progress())
     if row is None:

@@ -31,7 +31,7 @@ setattr(owner, name, signalled)
 """
 # Where in the code a signal comes, at which call, and the step that must be saved at least (None: nothing was trained).
 PHASES = {
-    "compile and warm-up": ("isoflop.pretrain", "settle_buckets", 1, None),
+    "compile and warm-up": ("isoflop.pretrain", "warm_up", 1, None),
     "mid-accumulation": ("accelerate", "Accelerator.backward", 15, 5),  # 2 settle DDP's buckets, then 2 a step: inside step 7
     "evaluation": ("isoflop.validation", "share_of_process", 1, 5),
     "a downstream task": ("isoflop.harness", "InMemory._model_call", 3, 5),
