@@ -15,7 +15,7 @@ from typing import Any
 
 from isoflop.fit.text import left_out, short
 from isoflop.fit.verdict import verdict
-from isoflop.metrics import read_rows
+from isoflop.records import read_rows
 from isoflop.scaling.laws import load_law
 from isoflop.sweep.command import law_file
 from isoflop.sweep.design import groups_of, target_of

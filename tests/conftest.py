@@ -212,6 +212,24 @@ def metrics_of_folder(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def metrics_row(step, **values):
+    """A row of `metrics.jsonl` with what every row has."""
+    row = {
+        "step": step, "tokens": 256 * step, "loss": 3.0, "val_loss": None, "tokens_per_s": 100.0, "elapsed_s": step / 10,
+        "peak_memory_bytes": 10**9,
+    }  # fmt: skip
+    return row | values
+
+
+def summary_with(**values):
+    """A `summary.json` with what every one has."""
+    names = (
+        "steps", "tokens", "parameters", "flops", "loss", "val_loss", "bits_per_byte", "unigram_entropy_nats", "tokens_per_s",
+        "predicted_memory_bytes", "peak_memory_bytes", "elapsed_s",
+    )  # fmt: skip
+    return dict.fromkeys(names, 1) | {"mfu": None, "samples": []} | values
+
+
 def curve_of(recipe):
     """What must repeat bit for bit: (step, loss, validation loss, gradient norm, learning rate)."""
     return [(r["step"], r["loss"], r["val_loss"], r["grad_norm"], r["learning_rate"]) for r in metrics_of(recipe)]

@@ -13,11 +13,12 @@ LIBRARY = sorted((ROOT / "src/isoflop").rglob("*.py")) + sorted((ROOT / "modelin
 # Imports point down only; modules of one layer do not know each other, except where a name is listed with its reason.
 LAYERS = {
     "isoflop": 0, "isoflop.errors": 0, "isoflop.disk": 0, "isoflop.tables": 0, "isoflop.modeling": 0,
-    "isoflop.hardware": 0, "isoflop.devices": 0,
+    "isoflop.hardware": 0, "isoflop.devices": 0, "isoflop.credentials": 0,
+    "isoflop.output": 0, "isoflop.records": 1, "isoflop.run_folder": 2, "isoflop.loss_curve": 3,
     "isoflop.recipe": 1, "isoflop.recipe_data": 1, "isoflop.recipe_file": 1, "isoflop.cost": 1,
     "isoflop.families": 2, "isoflop.search": 2, "isoflop.scaling": 2,
     "isoflop.data": 3, "isoflop.optim": 3, "isoflop.checkpoint": 3, "isoflop.metrics": 3, "isoflop.distributed": 3,
-    "isoflop.run_folder": 3, "isoflop.validation": 3, "isoflop.anomaly": 3, "isoflop.stop": 3, "isoflop.scores": 3,
+    "isoflop.validation": 3, "isoflop.anomaly": 3, "isoflop.stop": 3, "isoflop.scores": 3,
     "isoflop.harness": 3, "isoflop.cpu": 3, "isoflop.run_ahead": 3, "isoflop.training_model": 3,
     "isoflop.garbage": 0, "isoflop.step_time": 2, "isoflop.profiling": 3, "isoflop.flight_recorder": 3,
     "isoflop.job": 4, "isoflop.outcome": 4, "isoflop.prepare": 4, "isoflop.pretrain": 4, "isoflop.resume": 4,
@@ -27,6 +28,9 @@ LAYERS = {
 SAME_LAYER = {
     ("isoflop.disk", "isoflop.errors"),
     ("isoflop.hardware", "isoflop.errors"),
+    ("isoflop.errors", "isoflop.output"),  # how a command ends, and what it prints
+    ("isoflop.errors", "isoflop.credentials"),
+    ("isoflop.output", "isoflop.credentials"),
     ("isoflop.recipe", "isoflop.recipe_data"),  # its longest sections
     ("isoflop.recipe_file", "isoflop.recipe"),  # the reader of what the other describes
     ("isoflop.cost", "isoflop.recipe"),  # shapes come from its model section

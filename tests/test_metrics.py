@@ -3,19 +3,29 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import metrics_row
 
-from isoflop.metrics import MetricsLog, draw_curve, layer_norms, peak_memory_bytes, read_rows
+from isoflop.loss_curve import draw_curve
+from isoflop.metrics import MetricsLog, layer_norms, peak_memory_bytes
+from isoflop.records import TrainingCurve, read_rows
+from isoflop.run_folder import RunFolder
 
 
 def row(step, val_loss=None):
-    return {"step": step, "tokens": step * 8, "loss": 5.0 / step, "val_loss": val_loss, "tokens_per_s": 100.0}
+    return metrics_row(step, tokens=step * 8, loss=5.0 / step, val_loss=val_loss)
+
+
+def claimed(path):
+    folder = RunFolder(str(path))
+    folder.claim()
+    return folder
 
 
 def test_rows_after_the_checkpoint_and_lines_cut_short_are_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(row(step)) + "\n" for step in range(1, 8)) + '{"step": 8, "lo')
     assert [r["step"] for r in read_rows(file, last_step=99)] == [1, 2, 3, 4, 5, 6, 7]
-    log = MetricsLog(file, Accelerator(cpu=True), resumed_step=5, num_steps=10)
+    log = MetricsLog(claimed(tmp_path), Accelerator(cpu=True), resumed_step=5, num_steps=10)
     assert not log.lacks(5)
     assert log.lacks(6)
     log.write(row(6, val_loss=1.5))
@@ -25,7 +35,7 @@ def test_rows_after_the_checkpoint_and_lines_cut_short_are_dropped(tmp_path):
 
 
 def test_a_new_log_lacks_nothing_at_step_zero(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl", Accelerator(cpu=True), resumed_step=0, num_steps=10)
+    log = MetricsLog(claimed(tmp_path), Accelerator(cpu=True), resumed_step=0, num_steps=10)
     assert not log.lacks(0)
     log.close()
 
@@ -51,6 +61,6 @@ def test_peak_memory_of_this_process_is_of_the_right_size():
 def test_the_curve_is_a_picture_and_replaces_the_one_before(tmp_path):
     rows = [row(step, val_loss=2.0 if step % 5 == 0 else None) for step in range(1, 21)]
     for _ in range(2):
-        draw_curve(rows, tmp_path / "loss.png", "toy", unigram_entropy_nats=4.0)
+        draw_curve(TrainingCurve(rows), tmp_path / "loss.png", "toy", unigram_entropy=4.0)
     assert [file.name for file in tmp_path.iterdir()] == ["loss.png"]
     assert (tmp_path / "loss.png").stat().st_size > 10_000

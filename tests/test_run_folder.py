@@ -8,14 +8,18 @@ from isoflop.errors import UserError
 from isoflop.run_folder import RunFolder, environment
 
 
-def test_an_export_replaces_the_model_whole(tmp_path):
+def test_an_export_replaces_the_model_and_leaves_what_others_put_there(tmp_path):
     folder = RunFolder(str(tmp_path))
-    folder.export(lambda aside: (aside / "a").write_text("1"))
-    folder.export(lambda aside: (aside / "b").write_text("2"))
-    assert [file.name for file in folder.model.iterdir()] == ["b"]
+    folder.export(lambda aside: (aside / "model-00001-of-00002.safetensors").write_text("1"))
+    (folder.model / "notes.txt").write_text("mine")
+    (folder.model / "model.Q4.gguf").write_text("mine too")
+    folder.export(lambda aside: (aside / "model.safetensors").write_text("2"))
+    kept = ["model.Q4.gguf", "model.safetensors", "notes.txt"]
+    assert sorted(file.name for file in folder.model.iterdir()) == kept
     with pytest.raises(ZeroDivisionError):
         folder.export(lambda aside: 1 / 0)
-    assert [file.name for file in folder.model.iterdir()] == ["b"]
+    assert sorted(file.name for file in folder.model.iterdir()) == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.partial", "model"]
 
 
 def test_launches_are_kept_one_behind_the_other(tmp_path, toy_recipe):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -12,25 +11,33 @@ import torch
 from accelerate.utils import gather_object
 
 from isoflop import cost
-from isoflop.errors import UserError
+from isoflop.errors import UserError, is_disk_full
 from isoflop.export import export_checkpoint
 from isoflop.job import Job, told
-from isoflop.metrics import MetricsLog, Row
+from isoflop.metrics import MetricsLog
 from isoflop.recipe import Recipe
+from isoflop.records import Row, TrainingCurve, describe_steps, is_sample, missing_steps, read_records, read_rows
 from isoflop.run_folder import RunFolder
 from isoflop.scaling.laws import Forecast
 from isoflop.scores import scores_of, write_results
 from isoflop.validation import bits_per_byte, sample_texts
 
 
-def finish(job: Job, rows: list[Row]) -> None:
-    """Sample from the model, export its last checkpoint, and write the summary. Collective."""
-    samples = write_samples(job, job.num_steps)
+def finish(job: Job, curve: TrainingCurve) -> None:
+    """Export the last checkpoint as a model and write the summary. Raises `UserError` where the disk is full. Collective."""
     if job.accelerator.is_main_process:
         last = job.folder.checkpoints / f"step-{job.num_steps}"
-        job.folder.export(lambda folder: export_checkpoint(job.recipe, last, folder))
-        summary = summarize(job, rows) | {"samples": samples}
-        job.folder.finish(summary)
+        try:
+            job.folder.export(lambda folder: export_checkpoint(job.recipe, last, folder))
+            summary = summarize(job, curve)
+            job.folder.finish(summary)
+        except Exception as error:  # safetensors and torch wrap the system's
+            if not is_disk_full(error):
+                raise
+            raise UserError(
+                f"{job.folder.model}: {' '.join(str(error).split())}; training is finished: free some space, then the same"
+                f" command writes model and summary from {last.name}"
+            ) from None
         report(job.folder, summary)
     job.accelerator.wait_for_everyone()  # a rank that leaves early is taken for a failure
 
@@ -56,43 +63,42 @@ def run_downstream(job: Job, log: MetricsLog, step: int) -> dict[str, float] | N
     return values | errors
 
 
-def write_samples(job: Job, step: int, log: MetricsLog | None = None) -> list[str]:
-    """Sample text on every rank, each with its own seed, into `samples.jsonl` and onto the screen. Collective."""
+def write_samples(job: Job, step: int, log: MetricsLog) -> None:
+    """Sample text on every rank, each with its own seed, into `samples.jsonl`; on the way also onto the screen. Collective."""
     evaluation, rank = job.recipe.evaluation, job.accelerator.process_index
     own = sample_texts(job.causal_lm, job.tokenizer, evaluation.sample_prompts, evaluation.sample_tokens, rank)
     texts: list[str] = gather_object(own)
-    if not job.accelerator.is_main_process:
-        return texts
-    try:
-        with job.folder.samples.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, "samples": texts}) + "\n")
-    except OSError as error:
-        raise UserError(f"{job.folder.samples}: {error}; free some space, then the same command goes on") from None
-    if log:
+    log.write_samples(step, texts)
+    if evaluation.sample_every and step % evaluation.sample_every == 0:  # the last ones stand in the report
         log.say("\n".join(f"step {step}: sample: {text!r}" for text in texts))
-    return texts
 
 
-def summarize(job: Job, rows: list[Row]) -> dict[str, Any]:
-    """The numbers of a finished run."""
-    last, (bytes_per_token, unigram_entropy_nats) = rows[-1], job.validation_facts
-    tokens_per_s = statistics.median(row["tokens_per_s"] for row in rows)
+def summarize(job: Job, curve: TrainingCurve) -> dict[str, Any]:
+    """The numbers of a finished run, and its last samples."""
+    last, (bytes_per_token, unigram_entropy_nats) = curve.last, job.validation_facts
+    val_loss = math.nan if last["val_loss"] is None else last["val_loss"]
+    tokens_per_s = statistics.median(curve.tokens_per_s)
     flops_per_token = cost.flops_per_token(job.recipe.model, job.recipe.training.sequence_length)
+    lost = missing_steps([row["step"] for row in read_rows(job.folder.metrics, job.num_steps)])
+    texts = [record["samples"] for record in read_records(job.folder.samples, job.num_steps, is_sample).rows[-1:]]
     return {
         "steps": last["step"],
         "tokens": last["tokens"],
         "parameters": cost.parameters(job.recipe.model),
         "flops": last["tokens"] * flops_per_token,
         "loss": last["loss"],
-        "val_loss": last["val_loss"],
-        "bits_per_byte": bits_per_byte(last["val_loss"], bytes_per_token),
+        "val_loss": val_loss,
+        "bits_per_byte": bits_per_byte(val_loss, bytes_per_token),
         "unigram_entropy_nats": unigram_entropy_nats,
         "tokens_per_s": tokens_per_s,
         "mfu": job.mfu(tokens_per_s),
         "predicted_memory_bytes": job.predicted_memory().total + job.memory_before_bytes,
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+        "peak_memory_bytes": curve.peak_memory_bytes,
         "elapsed_s": last["elapsed_s"],
-    } | prediction(job, last["val_loss"])
+        **prediction(job, val_loss),
+        **({"missing_steps": lost} if lost else {}),
+        "samples": texts[0] if texts else [],
+    }
 
 
 def prediction(job: Job, measured: float) -> dict[str, Any]:
@@ -138,6 +144,8 @@ def report(folder: RunFolder, summary: dict[str, Any]) -> None:
             f"law {s['law']} predicted {told(Forecast(s['predicted_loss'], s['predicted_loss_interval']))}, measured"
             f" {s['val_loss']:.4f}: {s['prediction_error']:+.2%}{inside}"
         )
+    if lost := s.get("missing_steps"):
+        print(f"{folder.metrics}: rows are missing: {describe_steps(lost)}")
     for text in s["samples"]:
         print(f"sample: {text}")
     print(f"loss curve: {folder.curve}\nmodel: {folder.model}", flush=True)

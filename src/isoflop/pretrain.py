@@ -25,13 +25,16 @@ from isoflop.errors import UserError
 from isoflop.flight_recorder import describe_dumps, enable_flight_recorder
 from isoflop.garbage import StepCollector, collected_by_hand
 from isoflop.job import Job, build_job, check_data, describe, require_disk
-from isoflop.metrics import LayerNorms, MetricsLog, Row, draw_curve, full_tensor, layer_norms, peak_memory_bytes, start_trackers
+from isoflop.loss_curve import draw_curve
+from isoflop.metrics import LayerNorms, MetricsLog, full_tensor, layer_norms, peak_memory_bytes, start_trackers
 from isoflop.optim import learning_rate
 from isoflop.outcome import finish, forecast, push_to_hub, report, run_downstream, write_samples
+from isoflop.output import note_in
 from isoflop.profiling import StepProfiler, profile_steps
 from isoflop.publish.upload import check_hub
 from isoflop.recipe import Output, Recipe, flatten
 from isoflop.recipe_file import to_yaml
+from isoflop.records import Row
 from isoflop.resume import NEWEST, Progress, load_checkpoint, roll_back, save_checkpoint
 from isoflop.run_ahead import Readback, update_unless
 from isoflop.run_folder import RunFolder
@@ -87,6 +90,7 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool, num_
         return check_only(job)
     if job.accelerator.is_main_process and not eval_only:
         job.folder.claim()
+        note_in(job.folder.path)
     progress = load_checkpoint(job, resume or (NEWEST if eval_only else None), eval_only)
     if eval_only:
         return evaluate_only(job, progress)
@@ -102,7 +106,7 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool, num_
     finally:
         log.close()
     if completed:
-        finish(job, log.rows)
+        finish(job, log.curve)
         if job.push:
             job.push.wait()
         return 0
@@ -306,14 +310,14 @@ def measure(job: Job, log: MetricsLog, row: Row) -> bool:
     scores = run_downstream(job, log, step)
     if scores is None:
         return False
-    log.write(row | scores)
-    if evaluation.sample_every and step % evaluation.sample_every == 0:
+    if step == job.num_steps or (evaluation.sample_every and step % evaluation.sample_every == 0):
         write_samples(job, step, log)
+    log.write(row | scores)  # the last thing of a step: a run that resumes does again what was due, where the row is missing
     if (due or scores) and job.accelerator.is_main_process:
         title = f"{job.folder.path.name}: {cost.parameters(job.recipe.model) / 1e6:,.1f}M parameters"
         total_tokens = job.num_steps * job.recipe.training.tokens_per_step
         try:
-            draw_curve(log.rows, job.folder.curve, title, job.validation_facts[1], job.promised(), total_tokens)
+            draw_curve(log.curve, job.folder.curve, title, job.validation_facts[1], job.promised(), total_tokens)
         except OSError as error:  # a picture that can be drawn again
             log.say(f"{job.folder.curve} not drawn: {error}")
     return True
@@ -346,7 +350,7 @@ def start(job: Job, progress: Progress) -> MetricsLog:
         }
         job.folder.write_start(job.recipe, launch, command_typed())
     start_trackers(accelerator, flatten(job.recipe.model_dump()))
-    return MetricsLog(job.folder.metrics, accelerator, progress.step, job.num_steps)
+    return MetricsLog(job.folder, accelerator, progress.step, job.num_steps)
 
 
 def evaluate_only(job: Job, progress: Progress) -> int:

@@ -13,7 +13,8 @@ from isoflop.checkpoint import folder as checkpoints
 from isoflop.checkpoint.state import is_zero, load_tensors
 from isoflop.errors import UserError
 from isoflop.job import Job
-from isoflop.metrics import MetricsLog, Row
+from isoflop.metrics import MetricsLog
+from isoflop.records import Row
 
 NEWEST = "newest"
 
@@ -38,7 +39,7 @@ def save_checkpoint(job: Job, log: MetricsLog, progress: Progress) -> None:
     """Begin to save; training goes on meanwhile."""
     log.sync()
     output, folder = job.recipe.output, job.folder.checkpoints
-    measured = {row["step"]: row["val_loss"] for row in log.rows if row["val_loss"] is not None}
+    measured = {row["step"]: row["val_loss"] for row in log.curve.measured if row["val_loss"] is not None}
 
     def when_whole() -> None:
         there = [step for step in map(checkpoints.step_of, checkpoints.list_checkpoints(folder)) if step in measured]

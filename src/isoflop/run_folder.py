@@ -1,7 +1,9 @@
 """A run's folder: who owns it, who is in it, and what stays in it when the run is over.
 
-recipe.yaml  environment.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/  loss.png  evaluations/  summary.json
-profile/  flight_recorder/, where asked for or left by a hang
+lock  environment.json  recipe.yaml  metrics.jsonl  samples.jsonl  loss.png  checkpoints/step-N/  model/  evaluations/
+summary.json; profile/  flight_recorder/  output_errors.txt  metrics.damaged-N.jsonl, where asked for or left by a fault
+
+A folder is a run's by its lock file or its environment.json; no other one is written to.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +24,9 @@ from typing import Any
 
 import psutil
 
+from isoflop.credentials import hide_in_command
 from isoflop.devices import gpu_names
-from isoflop.disk import lock, write_aside
+from isoflop.disk import has_keys, is_lock, lock, replace_folder, require_own_folder, write_aside
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe, differences
 from isoflop.recipe_file import load_recipe, to_yaml
@@ -36,6 +41,18 @@ _LIBRARIES = (
     "safetensors",
     "huggingface_hub",
     "numpy",
+)
+# What every summary has, so that a damaged one is noticed before it is read.
+SUMMARY_NUMBERS = (
+    "steps", "tokens", "parameters", "flops", "val_loss", "bits_per_byte", "unigram_entropy_nats", "tokens_per_s",
+    "predicted_memory_bytes", "peak_memory_bytes", "elapsed_s",
+)  # fmt: skip
+# What a run folder may hold before its environment.json: a launch was killed at once, or its lock was cut short.
+_EARLY = ("lock", "flight_recorder", ".environment.json.partial")
+# Files of an exported model: what transformers names so, and the code of a hybrid.
+_MODEL_FILES = re.compile(
+    r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|(tokenizer|special_tokens|added_tokens|vocab).*\.json"
+    r"|merges\.txt|chat_template\.jinja|\w+_hybrid\.py|__init__\.py"
 )
 
 
@@ -52,9 +69,19 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.evaluations = self.path / "evaluations"
         self._lock: Any = None
+        self._start: dict[str, str] = {}
+        """What this launch wrote on entry, by name."""
 
     def check_owner(self, recipe: Recipe) -> None:
-        """Refuse a folder whose recipe would train to other weights."""
+        """Refuse a folder that is no run's, and one whose recipe would train to other weights."""
+        environment, lock_file = self.path / "environment.json", self.path / "lock"
+        require_own_folder(
+            self.path,
+            "output.run_dir",
+            "the folder of a run",
+            _EARLY,
+            lambda: is_lock(lock_file) or has_keys(environment, ["versions", "launch"]),
+        )
         file = self.path / "recipe.yaml"
         if not file.exists():
             return
@@ -69,37 +96,79 @@ class RunFolder:
         return shutil.disk_usage(next(p for p in (self.path, *self.path.absolute().parents) if p.exists())).free
 
     def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that is done, else None."""
-        return json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else None
+        """The summary of a run that is done, else None. Raises `UserError` where it is damaged."""
+        if not self.summary.exists():
+            return None
+        summary = _read_json(self.summary, "delete it, and the command that trained the run writes it from the last checkpoint")
+        for key in SUMMARY_NUMBERS:
+            value = summary.get(key)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise UserError(
+                    f"{self.summary}: {key} = {str(value)[:50]!r} is not a number; delete the file, and the command that trained"
+                    " the run writes it from the last checkpoint"
+                )
+        return summary
 
     def claim(self) -> None:
         """Lock the folder for this process; the kernel lets go when the process ends, however it ends."""
         key = f"output.run_dir = {str(self.path)!r}"
         self._lock = lock(self.path / "lock", key, "wait for that run, stop it, or set another output.run_dir")
 
-    def write_start(self, recipe: Recipe, launch: dict[str, Any], command: list[str]) -> None:
-        """The resolved recipe, and the environment of this launch (by `command`) with those of earlier ones behind it."""
-        write_aside(self.path / "recipe.yaml", to_yaml(recipe))
-        file = self.path / "environment.json"
-        previous = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        earlier = [] if previous is None else [*previous.pop("earlier_launches"), previous]
-        write_aside(
-            file,
-            json.dumps({**environment(), "command": command, "launch": launch, "earlier_launches": earlier}, indent=1) + "\n",
+    def restore(self) -> None:
+        """Make the folder again where it was removed under the run. Raises `UserError` where it is somebody else's by now."""
+        own, there = os.fstat(self._lock.fileno()), self.path / "lock"
+        if there.exists() and there.stat().st_ino == own.st_ino:
+            return
+        if there.exists() or (self.path.exists() and {path.name for path in self.path.iterdir()} - {"checkpoints"}):
+            raise UserError(
+                f"output.run_dir = {str(self.path)!r} was removed while the run was going on, and is used by something else now;"
+                " this run ends. To train it again, set another output.run_dir"
+            )
+        self.claim()
+        for name, text in self._start.items():
+            write_aside(self.path / name, text)
+        print(
+            f"{self.path} was removed while the run was going on: it is made again, with the state of this run from here on;"
+            " to end a run, stop its process first",
+            file=sys.stderr,
+            flush=True,
         )
 
+    def write_start(self, recipe: Recipe, launch: dict[str, Any], command: list[str]) -> None:
+        """The environment of this launch (by `command`) with those of earlier ones behind it, and the resolved recipe.
+
+        In this order: the first says that the folder is a run's.
+        """
+        file = self.path / "environment.json"
+        previous = _read_json(file, "move it away: it tells of earlier launches alone") if file.exists() else None
+        earlier = [] if previous is None else [*previous.pop("earlier_launches", []), previous]
+        here = {**environment(), "command": hide_in_command(command), "launch": launch, "earlier_launches": earlier}
+        self._start = {"environment.json": json.dumps(here, indent=1) + "\n", "recipe.yaml": to_yaml(recipe)}
+        for name, text in self._start.items():
+            write_aside(self.path / name, text)
+
     def export(self, write: Callable[[Path], None]) -> None:
-        """Replace `model/` by what `write` puts into a folder aside."""
-        aside = self.path / ".model.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        write(aside)
-        shutil.rmtree(self.model, ignore_errors=True)
-        aside.rename(self.model)
+        """Replace `model/` by what `write` puts into a temporary folder. Files that somebody else put there stay."""
+        temporary = self.path / ".model.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        replace_folder(temporary, self.model, _MODEL_FILES)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`: from now on the run is done."""
         write_aside(self.summary, json.dumps(summary, indent=1) + "\n")
+
+
+def _read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object. Raises `UserError` where the file holds something else."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read ({type(error).__name__}: {str(error)[:100]}); {remedy}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} is not a JSON object; {remedy}")
+    return tree
 
 
 def environment() -> dict[str, Any]:

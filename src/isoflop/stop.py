@@ -21,14 +21,15 @@ EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved; the s
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 become a request, answered between micro-batches: save, then leave with `EXIT_RESUME`.
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 become a request, answered between micro-batches: save, then exit with `EXIT_RESUME`.
 
     A launcher gives its processes seconds before it kills them (torchrun 30), a step can take longer: what is unfinished of it is
     dropped and done again. Before training there is nothing to save, and the signal leaves at once. Where the main thread
-    does not come back in time (a compile, a collective whose peer is gone), another thread ends the process. A context manager.
+    does not come back in time (a compile, a collective whose peer is gone), another thread ends the process. SIGHUP, of a
+    terminal that is closed, stays ignored under nohup. A context manager.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -44,7 +45,8 @@ class StopRequest:
         # The kernel's handler writes to this socket even while the main thread is inside a library that never returns.
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        heard = [number for number in self.SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in heard}
         self._watcher.start()
         return self
 

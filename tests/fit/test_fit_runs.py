@@ -5,7 +5,7 @@ import math
 
 import pytest
 import yaml
-from conftest import TOY_MODELS
+from conftest import TOY_MODELS, metrics_row, summary_with
 
 from isoflop import cost
 from isoflop.data.manifest import Manifest, PreparedSource, Split, TokenizerFacts
@@ -38,13 +38,11 @@ def write_run(folder, width=32, steps=100, finished=True, **changes):
     last = final_loss(cost.parameters(recipe.model), 256 * steps)
     losses = {step: last * (2 - step / steps) if step % 10 == 0 else None for step in range(1, steps + 1)}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    rows = [{"step": step, "tokens": 256 * step, "loss": 3.0, "val_loss": loss} for step, loss in losses.items()]
+    rows = [metrics_row(step, val_loss=loss) for step, loss in losses.items()]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if finished:
         flops = 256 * steps * cost.flops_per_token(recipe.model, 32)
-        (folder / "summary.json").write_text(
-            json.dumps({"tokens": 256 * steps, "flops": flops, "val_loss": last, "bits_per_byte": 2.0})
-        )
+        (folder / "summary.json").write_text(json.dumps(summary_with(tokens=256 * steps, flops=flops, val_loss=last)))
     return recipe
 
 

@@ -11,14 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, curve_of, weights_of
+from conftest import ROOT, curve_of, metrics_row, summary_with, weights_of
 
 from isoflop.stop import EXIT_RESUME
 from isoflop.sweep.design import Run, groups_of
 from isoflop.sweep.runner import Runner, Slot, branch_off, slots_of
 from isoflop.sweep.suite import Suite
 
-STAND_IN = """
+STAND_IN = (
+    f"""
+ROW, SUMMARY = {metrics_row(1, elapsed_s=1.0)}, {summary_with(val_loss=1.5, elapsed_s=2.0)}
+"""
+    + """
 import ctypes, json, os, signal, sys, time, yaml
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # as isoflop.stop.follow_launcher
 run = yaml.safe_load(open(sys.argv[1]))["output"]["run_dir"]
@@ -32,16 +36,17 @@ def stop(number, frame):
 signal.signal(signal.SIGTERM, stop)
 began = time.time()
 with open(run + "/metrics.jsonl", "a") as rows:
-    rows.write(json.dumps({"step": 1, "elapsed_s": 1.0}) + chr(10))
+    rows.write(json.dumps(ROW) + chr(10))
 if os.path.exists("wait"):
     time.sleep(60)
 time.sleep(0.5)
 if run.endswith("run1") and os.path.exists("fail"):
     sys.exit("no such luck")
 where = [os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("OMP_NUM_THREADS")]
-summary = {"val_loss": 1.5, "elapsed_s": 2.0, "where": where, "began": began, "ended": time.time()}
+summary = SUMMARY | {"where": where, "began": began, "ended": time.time()}
 json.dump(summary, open(run + "/summary.json", "w"))
 """
+)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import fcntl
 import json
 
 import pytest
+from conftest import metrics_row, summary_with
 
 from isoflop.sweep.design import Run
 from isoflop.sweep.state import as_json, report, seconds_left, state_of
@@ -20,10 +21,10 @@ def write(run, steps, seconds, loss=None):
 
     folder = Path(run.recipe.output.run_dir)
     folder.mkdir(parents=True)
-    rows = [{"step": step, "elapsed_s": seconds * step / steps} for step in range(1, steps + 1)]
+    rows = [metrics_row(step, elapsed_s=seconds * step / steps) for step in range(1, steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if loss is not None:
-        (folder / "summary.json").write_text(json.dumps({"val_loss": loss, "elapsed_s": seconds}))
+        (folder / "summary.json").write_text(json.dumps(summary_with(val_loss=loss, elapsed_s=seconds)))
     return folder
 
 

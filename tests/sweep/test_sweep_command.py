@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, metrics_of_folder, run_command
+from conftest import ROOT, metrics_of_folder, metrics_row, run_command, summary_with
 
 from isoflop.errors import UserError
 from isoflop.recipe_file import load_recipe, to_yaml
@@ -42,13 +42,17 @@ def finish(run):
     loss = 1.2 + 40 / run.parameters**0.34 + 60 / run.tokens**0.28
     every, per_step = run.recipe.evaluation.validate_every, run.recipe.training.tokens_per_step
     rows = [
-        {"step": step, "tokens": per_step * step, "loss": 3.0, "elapsed_s": step / 10,
-         "val_loss": loss * (2 - step / run.steps) if step % every == 0 or step == run.steps else None}
+        metrics_row(
+            step,
+            tokens=per_step * step,
+            val_loss=loss * (2 - step / run.steps) if step % every == 0 or step == run.steps else None,
+        )
         for step in range(1, run.steps + 1)
     ]  # fmt: skip
+    (folder / "lock").write_text("host here, pid 1\n")
     (folder / "recipe.yaml").write_text(to_yaml(run.recipe, exclude_none=True))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = {"tokens": run.tokens, "flops": run.flops, "val_loss": loss, "bits_per_byte": 2.0, "elapsed_s": run.steps / 10}
+    summary = summary_with(tokens=run.tokens, flops=run.flops, val_loss=loss, elapsed_s=run.steps / 10)
     (folder / "summary.json").write_text(json.dumps(summary))
 
 

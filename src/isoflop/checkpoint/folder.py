@@ -9,22 +9,24 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from isoflop.disk import sha256
+from isoflop.disk import remove_own, replace_folder, sha256
 
 CHECKSUMS, TRAINER_STATE = "checksums.json", "trainer_state.json"
+# The files of a checkpoint: these, and torch.distributed.checkpoint's.
+_OWN = re.compile(r"checksums\.json|trainer_state\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     named = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]  # not a copy by hand
-    return sorted(named, key=step_of)
+    return sorted((path for path in named if any(_OWN.fullmatch(file.name) for file in path.glob("*"))), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -74,12 +76,8 @@ def seal(aside: Path, final: Path, trainer_state: dict[str, Any], known: dict[st
     for file in aside.iterdir():
         _sync(file)
     _sync(aside)
-    replaced = final.with_name(f".{final.name}.replaced.partial")
-    if final.exists():  # the same step, reached again after going back to an older one
-        final.rename(replaced)
-    aside.rename(final)
+    replace_folder(aside, final, _OWN)  # one of the same step is there after going back to an older one
     _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_trainer_state(path: Path) -> dict[str, Any]:
@@ -93,20 +91,20 @@ def prune(folder: Path, keep_last: int, keep_every: int | None, keep: Iterable[i
     for path in list_checkpoints(folder)[:-keep_last]:
         step = step_of(path)
         if step not in keep and (keep_every is None or step % keep_every) and not _is_held(path):
-            shutil.rmtree(path)
+            remove_own(path, _OWN)
 
 
 def discard_after(folder: Path, step: int) -> None:
     """Delete checkpoints of later steps: after going back to `step` they are of a past that retention must not count."""
     for path in list_checkpoints(folder):
         if step_of(path) > step:
-            shutil.rmtree(path)
+            remove_own(path, _OWN)
 
 
 def remove_partials(folder: Path) -> None:
     """Delete what a kill left half written."""
     for path in folder.glob(".step-*.partial"):
-        shutil.rmtree(path)
+        remove_own(path, _OWN)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from isoflop.checkpoint.folder import list_checkpoints, partial, remove_partials, seal
 from isoflop.checkpoint.state import Tensors, gather_zero, is_zero, live_tensors, zero_sizes
 from isoflop.disk import sha256
-from isoflop.errors import UserError, is_disk_full
+from isoflop.errors import UserError, is_disk_full, os_errors
 
 
 class Saver:
@@ -121,15 +121,15 @@ class Saver:
                 # No copying ahead: all is on the host already, and the copier would wait for training's work on the GPU.
                 save_sharded(staged, storage_writer=FileSystemWriter(aside, per_thread_copy_ahead=0), process_group=self._group)
             checksums = self._checksums(aside)
-            self._on_main(lambda: seal(aside, self._folder / f"step-{step}", trainer_state, checksums))
+            self._on_main(lambda: seal(aside, self._folder / f"step-{step}", trainer_state, joined(checksums)))
             self._on_main(then)
             return None
         except (OSError, RuntimeError, CheckpointException) as error:
             if self._rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-            if not is_disk_full(error):
+            if not (is_disk_full(error) or os_errors(error)):
                 raise
-            refusal = self._no_space(step)
+            refusal = self._no_space(step) if is_disk_full(error) else self._not_written(step, os_errors(error)[0])
             if self._rank == 0:
                 print(f"checkpoint of step {step} was not saved: {refusal}", file=sys.stderr, flush=True)
             return refusal
@@ -144,22 +144,34 @@ class Saver:
             " goes on"
         )
 
+    def _not_written(self, step: int, error: OSError) -> UserError:
+        """For a folder that was removed meanwhile, a disk that became read-only, a file server that is gone."""
+        whole = ", ".join(path.name for path in list_checkpoints(self._folder)) or "none"
+        return UserError(
+            f"output.run_dir: step {step} cannot be saved: {error}; checkpoints there: {whole}; make {self._folder} writable,"
+            " then the same command resumes"
+        )
+
     def _make_room(self, aside: Path) -> None:
         """A fresh folder; a disk that is known to be too small is not filled first, which would fail what else is written."""
         self._folder.mkdir(parents=True, exist_ok=True)
         remove_partials(self._folder)
         if shutil.disk_usage(self._folder).free < self._checkpoint_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        aside.mkdir()
+        aside.mkdir(exist_ok=True)  # what somebody else put there is left
 
-    def _checksums(self, aside: Path) -> dict[str, str]:
-        """Of every rank's files, on the main process: each rank hashes what it wrote."""
-        own = {file.name: sha256(file) for file in aside.glob(f"__{self._rank}_*.distcp")}
+    def _checksums(self, aside: Path) -> list[dict[str, str] | OSError]:
+        """On the main process those of every rank's files: each rank hashes what it wrote."""
+        own: dict[str, str] | OSError
+        try:
+            own = {file.name: sha256(file) for file in aside.glob(f"__{self._rank}_*.distcp")}
+        except OSError as error:  # raised on the main process, for all: a rank alone would leave the others waiting
+            own = error
         if self._group is None:
-            return own
+            return [own]
         gathered: list[Any] | None = [None] * self._world if self._rank == 0 else None
         dist.gather_object(own, gathered, dst=0, group=self._group)
-        return {name: checksum for part in gathered or [] for name, checksum in part.items()}
+        return gathered or []
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Do something on the main process; every rank goes on after it, or raises what it raised."""
@@ -173,3 +185,13 @@ class Saver:
             dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0] is not None:
             raise outcome[0]
+
+
+def joined(checksums: list[dict[str, str] | OSError]) -> dict[str, str]:
+    """The checksums of all ranks. Raises what a rank met."""
+    found: dict[str, str] = {}
+    for part in checksums:
+        if isinstance(part, OSError):
+            raise part
+        found |= part
+    return found

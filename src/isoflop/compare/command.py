@@ -8,7 +8,7 @@ from typing import Any
 
 from isoflop.compare.figure import AXES, draw
 from isoflop.compare.runs import NATS, compare
-from isoflop.disk import write_aside
+from isoflop.disk import require_own_files, write_aside
 from isoflop.errors import UserError
 from isoflop.tables import markdown, table
 
@@ -19,8 +19,10 @@ HEADER = [
 
 def compare_command(paths: list[str], out: str, as_json: bool) -> int:
     """Print the comparison of some runs and write it to `out`; returns the exit code."""
-    runs, found = compare(paths)
     folder = Path(out)
+    written = [folder / f"comparison.{kind}" for kind in ("json", "md", "png")]
+    require_own_files(written, f"--out {out}", ["runs", "unit", "at_equal_cost"])
+    runs, found = compare(paths)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

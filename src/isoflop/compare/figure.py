@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isoflop.compare.runs import Run
-from isoflop.metrics import smoothed
+from isoflop.loss_curve import smoothed
 
 COLORS = ("#1f4e8c", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa3", "#3aa6b9", "#8c564b", "#555555")
 AXES = {"tokens": "tokens", "flops": "FLOPs", "hours": "hours"}

@@ -18,9 +18,9 @@ import numpy as np
 from isoflop import cost
 from isoflop.data.manifest import read_manifest, validation_facts
 from isoflop.errors import UserError
-from isoflop.metrics import Row, read_rows
 from isoflop.recipe import Recipe
 from isoflop.recipe_file import load_recipe
+from isoflop.records import Row, read_rows
 from isoflop.run_folder import RunFolder
 from isoflop.scores import ERRORS, Score, read_scores
 

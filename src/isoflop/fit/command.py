@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from isoflop.disk import write_aside
+from isoflop.disk import require_own_files, write_aside
 from isoflop.errors import UserError
 from isoflop.fit.figures import draw, drawn_tables
 from isoflop.fit.law_file import law_of, write_law
@@ -40,6 +40,7 @@ class Request(NamedTuple):
 def fit_command(request: Request) -> int:
     """Carry out a request; returns the exit code, 1 where a law was asked for and the fit is none."""
     _check(request)
+    _require_own_files(request)
     measured = read_measured(request)
     predict = request.predict or (AHEAD * float(measured.points.flops.max()),)
     options = Options(request.resamples, request.seed, predict, request.delta, request.asymmetry)
@@ -92,22 +93,42 @@ def _check(request: Request) -> None:
             raise UserError(f"{given}: give {rule}")
 
 
+def _require_own_files(request: Request) -> None:
+    """Refuse to overwrite what `fit` did not write. Raises `UserError`."""
+    if request.out is not None:
+        require_own_law("--out", request.out)
+    if request.out is not None or request.figures is not None:
+        numbers, page, figure = _report_files(request)
+        require_own_files([numbers, page, figure], f"{figure.parent}", ["parametric", "predict", "warnings"])
+
+
+def require_own_law(key: str, out: str) -> None:
+    """Refuse to overwrite what is no law. Raises `UserError`."""
+    require_own_files([Path(out)], f"{key} {out}", ["form", "coefficients", "source"])
+
+
+def _report_files(request: Request) -> tuple[Path, Path, Path]:
+    """Numbers, page and figure: beside the law, or in the folder asked for."""
+    out = Path(request.out or "law.json")
+    folder = out.parent if request.figures is None else Path(request.figures)
+    return folder / f"{out.stem}_report.json", folder / f"{out.stem}.md", folder / f"{out.stem}.png"
+
+
 def _write_report(request: Request, measured: Measured, report: Report) -> str:
     """Figure, page and numbers, beside the law or in the folder asked for; returns what to say of them."""
     if request.out is None and request.figures is None:
         return ""
-    out = Path(request.out or "law.json")
-    folder = out.parent if request.figures is None else Path(request.figures)
+    numbers, written, figure = _report_files(request)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(folder / f"{out.stem}_report.json", as_json(report.numbers) + "\n")
-        draw(measured, report, folder / f"{out.stem}.png")
+        for folder in (figure.parent, Path(request.out or figure).parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_aside(numbers, as_json(report.numbers) + "\n")
+        draw(measured, report, figure)
         text = page(report.numbers, measured.notes, markdown)
-        write_aside(folder / f"{out.stem}.md", f"{text}\n\n![the fits]({out.stem}.png)\n\n{drawn_tables(measured, report)}\n")
+        write_aside(written, f"{text}\n\n![the fits]({figure.name})\n\n{drawn_tables(measured, report)}\n")
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; give --out and --figures where files can be written") from None
-    return f"figure, page and numbers: {folder / out.stem}.png, .md, {out.stem}_report.json"
+        raise UserError(f"{figure.parent}: {error.strerror}; give --out and --figures where files can be written") from None
+    return f"figure, page and numbers: {figure}, .md, {numbers.name}"
 
 
 def _write_law(out: str, measured: Measured, report: Report, quiet: bool) -> int:

@@ -18,9 +18,9 @@ from isoflop.data.manifest import FILE_NAME, Manifest, made_from, read_manifest,
 from isoflop.data.sources import PART_BYTES
 from isoflop.data.survey import Survey, decide, duplicates, score_threshold
 from isoflop.data.tokenizers import load_tokenizer, tokenizer_hash
-from isoflop.disk import lock
+from isoflop.disk import has_keys, is_lock, lock, require_own_folder
 from isoflop.errors import UserError, is_disk_full
-from isoflop.prepare.corpus import Corpus, PartName, read_facts, table_of
+from isoflop.prepare.corpus import CORPUS_FILE, Corpus, PartName, read_facts, table_of
 from isoflop.prepare.join import join
 from isoflop.prepare.part import survey_part, write_part
 from isoflop.prepare.setting_up import set_engine, set_up
@@ -35,6 +35,7 @@ def prepare(recipe: Recipe, workers: int | None = None, shard: tuple[int, int] |
     the i-th on is written, nothing is joined, and None is returned.
     """
     folder = Path(recipe.data.prepared_dir)
+    _require_own_folders(recipe)
     if folder.exists() and any(folder.iterdir()):
         return _require_unchanged(recipe, folder)
     aside = partial_folder(recipe)
@@ -59,6 +60,21 @@ def prepare(recipe: Recipe, workers: int | None = None, shard: tuple[int, int] |
             ) from error
     _tell(recipe, manifest)
     return manifest
+
+
+def _require_own_folders(recipe: Recipe) -> None:
+    """Refuse a prepared folder, or one of parts, that holds something else. Raises `UserError`."""
+    folder, parts = Path(recipe.data.prepared_dir), partial_folder(recipe)
+    require_own_folder(
+        folder, "data.prepared_dir", "a prepared folder", (), lambda: has_keys(folder / FILE_NAME, ["made_from", "sources"])
+    )
+    require_own_folder(
+        parts,
+        "data.prepared_dir + .partial",
+        "a folder of parts that prepare wrote",
+        ("lock",),
+        lambda: has_keys(parts / CORPUS_FILE, ["made_from", "num_parts"]) or any(map(is_lock, parts.glob("lock*"))),
+    )
 
 
 def partial_folder(recipe: Recipe) -> Path:

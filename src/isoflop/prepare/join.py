@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from isoflop.errors import UserError
 from isoflop.prepare.corpus import CORPUS_FILE, Facts, PartName, Record
 from isoflop.prepare.part import LOOKUP_FILE
 from isoflop.recipe import Recipe
+
+# What prepare writes while parts gather, and leaves out of the prepared folder.
+_OF_PARTS = re.compile(
+    r"corpus\.json|engine\.json|lock(-\d+-of-\d+)?|tokenizer\.trained_on|contamination\.npz"
+    r"|(survey|decided)-.+\.np[yz]|.+-\d{5}\.json|\..+\.partial|\.?.+-(train|validation)-(\d{5}|tails)-\d{3,}\.arrow(\.\d+)?"
+)
 
 
 def join(recipe: Recipe, facts: Facts, folder: Path) -> Manifest:
@@ -38,7 +45,7 @@ def join(recipe: Recipe, facts: Facts, folder: Path) -> Manifest:
     write_aside(folder / FILE_NAME, manifest.model_dump_json(indent=1) + "\n")
     kept = {FILE_NAME, "tokenizer", *(shard.name for shard in manifest.shards())}
     for file in folder.iterdir():
-        if file.name not in kept and file.is_file():
+        if file.name not in kept and _OF_PARTS.fullmatch(file.name) and file.is_file():
             file.unlink()
     folder.replace(recipe.data.prepared_dir)  # also over an empty folder
     return manifest

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from isoflop.errors import UserError
-from isoflop.metrics import Row, read_rows
 from isoflop.publish.redaction import published_environment, published_recipe, published_results
 from isoflop.recipe import Recipe
 from isoflop.recipe_file import to_yaml
+from isoflop.records import Row, read_rows
 from isoflop.run_folder import RunFolder
 from isoflop.scores import RESULTS
 

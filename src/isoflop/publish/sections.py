@@ -11,9 +11,9 @@ from typing import Any
 from isoflop import cost
 from isoflop.data.manifest import FILE_NAME, read_manifest
 from isoflop.export import is_stock
-from isoflop.metrics import Row
 from isoflop.recipe import Recipe
 from isoflop.recipe_data import HubSource, PythonSource, Source
+from isoflop.records import Row
 from isoflop.scaling.laws import PUBLISHED, Forecast, load_law
 from isoflop.tables import markdown
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from isoflop.data.manifest import Manifest
-from isoflop.disk import write_aside
+from isoflop.disk import write_new
 from isoflop.errors import UserError
 from isoflop.fit.command import Request as FitRequest
-from isoflop.fit.command import fit_command
+from isoflop.fit.command import fit_command, require_own_law
 from isoflop.prepare.command import prepare
-from isoflop.recipe_file import to_yaml
+from isoflop.recipe_file import load_recipe, to_yaml
 from isoflop.run_folder import RunFolder
 from isoflop.scaling.laws import load_law
 from isoflop.stop import EXIT_RESUME
 from isoflop.sweep.design import Group, groups_of, target_of
-from isoflop.sweep.runner import Runner, slots_of
+from isoflop.sweep.runner import Runner, recipe_file, slots_of
 from isoflop.sweep.state import as_json, report, state_of
 from isoflop.sweep.suite import Suite, load_suite
 
@@ -49,7 +49,7 @@ def sweep_command(request: Request) -> int:
         return 0
     if request.only is not None and not 0 <= request.only < len(groups):
         raise UserError(f"--only {request.only}: the sweep has groups 0 to {len(groups) - 1}; --dry-run lists its runs")
-    require_own_folders(groups, request.sweep)
+    require_own_folders(groups, request.sweep, suite)
     manifest = prepare(groups[0][0].recipe)
     assert manifest is not None  # of one shard there would be none
     print("\n".join(repetitions(groups, manifest)) or "no run sees a window twice", flush=True)
@@ -80,7 +80,7 @@ def write_target(suite: Suite, flops: float) -> int:
     run = target_of(suite, law, flops)
     promised = law.promise(run.recipe.model, run.tokens)
     file = Path(f"{run.name}.yaml")
-    write_aside(file, to_yaml(run.recipe, exclude_none=True))
+    write_new(file, to_yaml(run.recipe, exclude_none=True), f"--target {flops:g}: {file}")
     interval = " to ".join(f"{bound:.4f}" for bound in promised.interval or ())
     print(
         f"{file}: {run.parameters:,} parameters, {run.tokens:,} tokens in {run.steps:,} steps, {run.flops:.4g} FLOPs\n"
@@ -90,13 +90,20 @@ def write_target(suite: Suite, flops: float) -> int:
     return 0
 
 
-def require_own_folders(groups: list[Group], sweep: str) -> None:
-    """Raise `UserError` where a folder has a run of another recipe, which would else be taken for one of this sweep's."""
-    for run in (run for group in groups for run in group):
-        try:
+def require_own_folders(groups: list[Group], sweep: str, suite: Suite) -> None:
+    """Raise `UserError` where a folder has a run of another recipe, which would else be taken for one of this sweep's.
+
+    Also where a recipe of the sweep, or its law, would overwrite somebody else's file.
+    """
+    try:
+        require_own_law(f"{sweep}: output_dir", law_file(suite))
+        for run in (run for group in groups for run in group):
             RunFolder(run.recipe.output.run_dir).check_owner(run.recipe)
-        except UserError as error:
-            raise UserError(f"{sweep}: {error}; of a whole sweep: its output_dir") from None
+            file = recipe_file(Path(suite.output_dir), run)
+            if file.exists() and load_recipe(file).output.run_dir != run.recipe.output.run_dir:
+                raise UserError(f"{file} exists already, and is no recipe of this sweep; move it away")
+    except UserError as error:
+        raise UserError(f"{sweep}: {error}; of a whole sweep: its output_dir") from None
 
 
 def tell(groups: list[Group], as_numbers: bool) -> None:
@@ -122,7 +129,7 @@ def write_slurm(request: Request, groups: list[Group], suite: Suite) -> int:
     again = ["python", "scripts/sweep.py", request.sweep, "--config", request.config]
     folder = Path(suite.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_aside(
+    write_new(
         Path(request.slurm),
         f"""#!/usr/bin/env bash
 #SBATCH --job-name={Path(request.sweep).stem}
@@ -134,6 +141,7 @@ def write_slurm(request: Request, groups: list[Group], suite: Suite) -> int:
 # Time limit, partition and account: give them to sbatch, or add them here. A task that is stopped goes on when it runs again.
 exec {shlex.join(again)} --only "$SLURM_ARRAY_TASK_ID"
 """,
+        f"--slurm {request.slurm}",
     )
     print(f"{request.slurm} has {len(groups)} tasks; start them with: sbatch {shlex.quote(request.slurm)}")
     return 0

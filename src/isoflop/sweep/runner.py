@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from isoflop.checkpoint.folder import list_checkpoints
-from isoflop.disk import write_aside
+from isoflop.disk import lock, write_aside
 from isoflop.recipe_file import to_yaml
 from isoflop.run_folder import RunFolder
 from isoflop.stop import EXIT_RESUME, end_with_parent
@@ -71,7 +71,10 @@ class Runner:
 
     def train(self) -> int:
         """Train all that is neither finished nor in another process's hands; returns the exit code."""
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else under nohup
+            heard.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._stop) for number in heard}
         try:
             queue = list(self.groups)
             while (queue and not self.signal) or self.running:
@@ -99,7 +102,7 @@ class Runner:
         return None
 
     def _launch(self, run: Run, slot: Slot) -> subprocess.Popen[bytes]:
-        recipe, log = self.folder / "recipes" / f"{run.name}.yaml", self.folder / "logs" / f"{run.name}.log"
+        recipe, log = recipe_file(self.folder, run), self.folder / "logs" / f"{run.name}.log"
         for file in (recipe, log):
             file.parent.mkdir(parents=True, exist_ok=True)
         write_aside(recipe, to_yaml(run.recipe, exclude_none=True))
@@ -140,6 +143,11 @@ class Runner:
             os.killpg(process.child.pid, signal.SIGTERM)
 
 
+def recipe_file(folder: Path, run: Run) -> Path:
+    """Where a sweep in `folder` writes the recipe of a run."""
+    return folder / "recipes" / f"{run.name}.yaml"
+
+
 def branch_off(run: Run, trunk: Run) -> None:
     """Let a run begin from the checkpoint of a longer one of its size, where their paths part.
 
@@ -149,8 +157,9 @@ def branch_off(run: Run, trunk: Run) -> None:
     checkpoint = origin.checkpoints / f"step-{run.branch_step}"
     if run is trunk or list_checkpoints(folder.checkpoints) or not checkpoint.is_dir():
         return
-    aside = folder.checkpoints / f".step-{run.branch_step}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(checkpoint, aside, copy_function=os.link)
-    shutil.copyfile(origin.metrics, folder.metrics)  # later rows are cut off when it goes on
-    aside.rename(folder.checkpoints / checkpoint.name)
+    with lock(folder.path / "lock", f"output.run_dir = {str(folder.path)!r}", "wait for that run"):  # it marks the folder, too
+        aside = folder.checkpoints / f".step-{run.branch_step}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(checkpoint, aside, copy_function=os.link)
+        shutil.copyfile(origin.metrics, folder.metrics)  # later rows are cut off when it goes on
+        aside.rename(folder.checkpoints / checkpoint.name)

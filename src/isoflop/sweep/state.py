@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from isoflop.disk import is_locked
-from isoflop.metrics import read_rows
+from isoflop.records import read_rows
 from isoflop.run_folder import RunFolder
 from isoflop.sweep.design import Run
 from isoflop.tables import table
