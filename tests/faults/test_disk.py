@@ -104,19 +104,34 @@ def test_a_full_disk_while_preparing(small_disk, write_recipe, tried):
     tried("a full disk in prepare", proof="the message says what is free; with more room the same command went on to whole data")
 
 
-def test_metrics_that_find_no_room_end_the_run_with_the_message(write_recipe, ranks):
-    """The kernel's own full device in place of the file."""
-    file = write_recipe()
-    code = (
-        "import isoflop.metrics as metrics\nwrite = metrics.MetricsLog.write\n"
-        "def full(self, row):\n    if row['step'] == 7:\n        self._stream = open('/dev/full', 'a')\n    write(self, row)\n"
-        "metrics.MetricsLog.write = full\n"
-    )
+@pytest.mark.parametrize("until", [8, 99], ids=["for two steps", "to the end"])
+def test_metrics_that_find_no_room(until, write_recipe, ranks, undisturbed, tried):
+    """The kernel's own full device in place of the file's. Rows wait in memory; at the end there has to be room."""
+    recipe = load_recipe(file := write_recipe())
+    code = f"""
+import isoflop.records as records
+write, full = records.StepFile._write_waiting, open("/dev/full", "ab", buffering=0)
+def short_of_room(self):
+    if self._file.name == "metrics.jsonl" and 7 <= self.last_step <= {until}:
+        full.write(b"row")
+    write(self)
+records.StepFile._write_waiting = short_of_room
+"""
     launched = ranks.start("cpu", file, code=code)
-    assert launched.wait() == [2], launched.text()
-    assert re.search(r"error: \S*metrics\.jsonl: .*No space left on device; free some space", launched.text())
-    assert "Traceback" not in launched.text()
-    assert "resuming from" in ranks.run("cpu", file)
+    code, told = launched.wait(), launched.text()
+    assert told.count("metrics.jsonl: No space left on device; training continues, its lines are kept in memory meanwhile") == 1
+    assert "Traceback" not in told
+    if until == 99:
+        assert code == [2]
+        assert re.search(r"error: \S*metrics\.jsonl: No space left on device; 4 lines are not written: free some space", told)
+        told = ranks.run("cpu", file)
+        assert "rows are missing: steps 7 to 9" in told
+        assert [row[0] for row in curve_of(recipe)] == [1, 2, 3, 4, 5, 6, 10]  # the last one is in the checkpoint
+    else:
+        assert code == [0]
+        assert curve_of(recipe) == curve_of(undisturbed["llama"])
+    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+    tried("no room for rows of the metrics", proof="training went on; rows written when there was room, else missing by name")
 
 
 def test_limits_on_the_size_of_files_count_as_a_full_disk(write_recipe, ranks, tried):
