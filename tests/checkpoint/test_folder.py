@@ -56,7 +56,7 @@ def test_a_broken_newest_is_named_and_the_one_before_is_used(damage, named, tmp_
 
 def test_nothing_partial_is_ever_listed(tmp_path):
     checkpoint.partial(tmp_path, 7).mkdir()
-    (checkpoint.partial(tmp_path, 7) / "junk").write_text("half")
+    (checkpoint.partial(tmp_path, 7) / "__0_0.distcp").write_text("half")
     assert checkpoint.list_checkpoints(tmp_path) == []
     assert checkpoint.newest_whole(tmp_path) is None
     checkpoint.remove_partials(tmp_path)
@@ -121,12 +121,15 @@ def test_what_another_process_reads_or_pushes_is_not_deleted_under_it(ends, tmp_
 
 def test_going_back_discards_what_came_later(tmp_path):
     for step in (10, 20, 30):
-        (tmp_path / f"step-{step}").mkdir()
+        sealed(tmp_path, step)
     checkpoint.discard_after(tmp_path, 20)
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [10, 20]
 
 
 def test_steps_are_ordered_as_numbers_and_copies_by_hand_are_left_alone(tmp_path):
-    for step in (100, 20, 3, "20-good"):
-        (tmp_path / f"step-{step}").mkdir()
+    for step in (100, 20, 3):
+        sealed(tmp_path, step)
+    (tmp_path / "step-20").rename(tmp_path / "step-20-good")
+    sealed(tmp_path, 20)
+    (tmp_path / "step-50").mkdir()  # somebody's own
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [3, 20, 100]

@@ -3,6 +3,7 @@ import resource
 import statistics
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,24 +173,24 @@ def test_other_failures_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(saver_module, "seal", broken)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(UserError, match=r"step 2 cannot be saved: \[Errno 5\] Input/output error; checkpoints there: none; make"):
         save(Saver(tmp_path), 2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_step_that_is_saved_again_is_never_missing(tmp_path, monkeypatch):
     """Going back and saving the same step: the old one goes when the new one has its name."""
-    import shutil
-
-    saver, rmtree = Saver(tmp_path), shutil.rmtree
+    saver, unlink, watched = Saver(tmp_path), Path.unlink, []
     save(saver, 2)
 
-    def watched(path, **kwargs):
+    def seen(path, *given, **named):
+        watched.append(path.name)
         assert checkpoint.newest_whole(tmp_path) == tmp_path / "step-2"
-        rmtree(path, **kwargs)
+        unlink(path, *given, **named)
 
-    monkeypatch.setattr(shutil, "rmtree", watched)
+    monkeypatch.setattr(Path, "unlink", seen)
     save(saver, 2)
+    assert {"__0_0.distcp", "checksums.json"} <= set(watched)
     assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
 
 

@@ -92,6 +92,7 @@ def test_an_unwritable_tracker_folder(write_recipe, ranks, undisturbed, tried):
     file = write_recipe()
     run_dir = Path(load_recipe(file).output.run_dir)
     run_dir.mkdir(parents=True)
+    (run_dir / "lock").write_text("host here, pid 1\n")
     (run_dir / "isoflop").write_text("in the way")
     said = ranks.run("cpu", file, "output.trackers=[tensorboard]")
     assert said.count("tracker LoggerType.TENSORBOARD does not start") + said.count("tracker tensorboard does not start") == 1
