@@ -27,7 +27,7 @@ from isoflop.export import export_checkpoint
 from isoflop.harness import add_errors, load_tasks
 from isoflop.recipe_file import load_recipe
 from isoflop.run_folder import RunFolder
-from isoflop.scores import RESULTS, score_table, scores_of, write_results
+from isoflop.scores import RESULTS, require_own_results, score_table, scores_of, write_results
 
 
 class Request(NamedTuple):
@@ -51,11 +51,12 @@ def evaluate_model(request: Request) -> int:
     """
     tasks = load_tasks("--suite", request.suite.split(","), request.metadata)
     with model_folder(request.model) as (pretrained, results_folder):
+        folder = Path(request.output) if request.output else results_folder / request.suite
+        require_own_results(folder)
         arguments = {"pretrained": pretrained, **simple_parse_args_string(request.model_args)}
         results = run(request, arguments, tasks)
     if results is None:  # not the first process
         return 0
-    folder = Path(request.output) if request.output else results_folder / request.suite
     parameters = results["config"].get("model_num_parameters")
     write_results(results, folder, parameters)
     print(score_table(scores_of(results), parameters))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from isoflop.records import Row, TrainingCurve, missing_steps
 from isoflop.scaling.laws import Forecast
+
+MOST_POINTS = 4000  # of a line in a picture some 900 pixels wide; more take time and memory, and are not seen
 
 
 def draw_curve(
@@ -46,16 +50,18 @@ def draw_curve(
 
 def _draw_losses(axes: Any, curve: TrainingCurve) -> None:
     """The training loss of each step and smoothed, broken where rows are missing, and the validation loss."""
-    finite = [place for place, loss in enumerate(curve.losses) if not math.isnan(loss)]
-    losses = [curve.losses[place] for place in finite]
+    finite = array("q", (place for place, loss in enumerate(curve.losses) if not math.isnan(loss)))
+    losses = array("d", (curve.losses[place] for place in finite))
     lines = {"each step": losses, "smoothed": smoothed(losses)}
+    every = max(1, len(finite) // MOST_POINTS)
     styles = {"each step": {"color": "#9db7d5", "linewidth": 0.8}, "smoothed": {"color": "#1f4e8c", "linewidth": 1.6}}
     gaps = missing_steps(curve.steps)
     first_after = {last + 1 for _, last in gaps}
     for name, values in lines.items():
         drawn = [
             point
-            for place, value in zip(finite, values, strict=True)
+            for number, (place, value) in enumerate(zip(finite, values, strict=True))
+            if number % every == 0 or curve.steps[place] in first_after
             for point in ([(math.nan, math.nan)] if curve.steps[place] in first_after else []) + [(curve.tokens[place], value)]
         ]
         axes.plot([x for x, _ in drawn], [y for _, y in drawn], label=f"training loss, {name}", **styles[name])
@@ -90,10 +96,10 @@ def _draw_scores(axes: Any, rows: list[Row], scores: list[str]) -> None:
     axes.set_ylabel("accuracy" if accuracies else "score")
 
 
-def smoothed(losses: list[float], share: float = 0.02) -> list[float]:
+def smoothed(losses: Sequence[float], share: float = 0.02) -> Sequence[float]:
     """Exponential mean whose memory is `share` of the curve, started at the first value."""
     weight = 1 / max(1.0, share * len(losses))
-    smooth: list[float] = []
+    smooth = array("d")
     for loss in losses:
         smooth.append(loss if not smooth else smooth[-1] + weight * (loss - smooth[-1]))
     return smooth

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from isoflop.disk import write_aside
+from isoflop.disk import require_own_files, write_aside
 from isoflop.tables import markdown, table
 
 EVAL = Path(__file__).parents[2] / "eval"  # of the checkout; an installed copy has lm-eval's own tasks alone
@@ -73,12 +73,17 @@ def scores_of(results: dict[str, Any]) -> list[Score]:
     return scores
 
 
+def require_own_results(folder: Path) -> None:
+    """Refuse to overwrite what `write_results` did not write. Raises `UserError`."""
+    require_own_files([folder / RESULTS, folder / "results.md"], f"results in {folder}", ["results", "n-samples", "config"])
+
+
 def write_results(results: dict[str, Any], folder: Path, parameters: int | None) -> None:
     """Write lm-eval's results as `results.json`, and the table of scores beside published ones as `results.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_aside(folder / "results.md", score_markdown(scores_of(results), parameters))
-    # lm-eval turns what JSON does not know (functions, dtypes) into text as well.
+    # First, since it tells whose the files are. lm-eval turns what JSON does not know (functions, dtypes) into text as well.
     write_aside(folder / RESULTS, json.dumps(results, indent=2, default=str, ensure_ascii=False) + "\n")
+    write_aside(folder / "results.md", score_markdown(scores_of(results), parameters))
 
 
 def read_scores(evaluations: Path) -> list[Score]:

@@ -15,6 +15,7 @@ from isoflop.checkpoint import folder as checkpoints
 from isoflop.compare.command import compare_command
 from isoflop.disk import is_lock
 from isoflop.errors import UserError
+from isoflop.evaluate import Request, evaluate_model
 from isoflop.fit.command import Request as FitRequest
 from isoflop.fit.command import fit_command
 from isoflop.pretrain import pretrain
@@ -223,3 +224,18 @@ def test_pretrain_is_the_only_entry_and_checks_first(somebodys, toy_recipe):
     """Also called as a function."""
     with pytest.raises(UserError, match="is not the folder of a run"):
         pretrain(toy_recipe(output__run_dir=str(somebodys)))
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.md"])
+def test_an_evaluation_overwrites_only_its_own(name, undisturbed, tmp_path, tried):
+    (tmp_path / name).write_text('{"mine": 1}')
+    request = Request(model=undisturbed["llama"].output.run_dir, output=str(tmp_path), limit=2)
+    with pytest.raises(
+        UserError, match=rf"results in \S+: \S+{name} exists already and is not known to be written by this program"
+    ):
+        evaluate_model(request)
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+    (tmp_path / name).unlink()
+    for _ in range(2):
+        assert evaluate_model(request) == 0
+    tried("fit, compare, sweep or an evaluation would overwrite a file of somebody else", proof=REFUSED)

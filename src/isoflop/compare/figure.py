@@ -57,7 +57,7 @@ def _draw_losses(axes: Any, runs: list[Run], axis: str, unit: str) -> None:
         axes.plot([run.cost(axis, row) for row in finite], losses, color=color, linewidth=1.2, label=f"{run.name}, training")
         costs, values = run.validation(axis, unit)
         axes.plot(costs, values, "o--", color=color, markersize=4, linewidth=0.8, label=f"{run.name}, validation")
-        shown += losses[int(FIRST * len(losses)) :] + values
+        shown += [*losses[int(FIRST * len(losses)) :], *values]
     if shown:  # none where every run diverged at its first step
         margin = 0.05 * (max(shown) - min(shown)) or 0.05
         axes.set_ylim(min(shown) - margin, max(shown) + margin)

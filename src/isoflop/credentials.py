@@ -1,0 +1,288 @@
+"""Credentials in text: found so that a recipe with one is refused, hidden in all that is written or printed.
+
+Four signs tell a credential: the shape that its issuer publishes, a place in a URL, the name before it, and a value that this
+process holds as a secret (environment variables, the saved token of the Hub). A hash, a path or a number is none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+HIDDEN = "***"
+SHORTEST = 8  # characters of a secret of the environment: a shorter one would hide ordinary words
+
+
+class _Rule(NamedTuple):
+    """One sign of a credential. `hide` returns the match unchanged where it is none."""
+
+    kind: str
+    pattern: re.Pattern[str]
+    hide: Callable[[re.Match[str]], str]
+
+
+def _shape(kind: str, prefix: str, rest: str) -> _Rule:
+    """A token that begins with a published prefix, which stays visible."""
+    return _Rule(kind, re.compile(rf"(?<![A-Za-z0-9])({prefix}){rest}"), lambda found: found[1] + HIDDEN)
+
+
+# Prefixes and alphabets as their issuers document them; lengths are lower bounds, since issuers lengthen tokens.
+_SHAPES = [
+    _Rule(
+        "a private key",
+        re.compile(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:.*?-----END [A-Z0-9 ]+-----|.*)", re.DOTALL),
+        lambda found: HIDDEN,
+    ),
+    _shape("a Hugging Face token", r"hf_|api_org_", r"[A-Za-z0-9]{20,}"),
+    _shape("an API key of the kind sk-", r"sk-(?:ant|proj|svcacct|admin|or-v1|None)-", r"[\w-]{16,}"),
+    _shape("an API key of the kind sk-", r"sk-", r"[A-Za-z0-9]{20,}"),
+    _shape("a Stripe key", r"[sr]k_(?:live|test)_", r"[A-Za-z0-9]{16,}"),
+    _shape("a GitHub token", r"gh[opsru]_|github_pat_", r"\w{30,}"),
+    _shape("a GitLab token", r"gl(?:pat|dt|rt|cbt|ptt|ft|imt|agent|soat)-", r"[\w-]{20,}"),
+    _shape("an AWS access key", r"AKIA|ASIA", r"[A-Z0-9]{16}(?![A-Za-z0-9])"),
+    _shape("a Google API key", r"AIza", r"[\w-]{35}"),
+    _shape("a Google token", r"ya29\.|GOCSPX-", r"[\w-]{20,}"),
+    _shape("a Slack token", r"xox[a-z]-|xapp-", r"[\w-]{10,}"),
+    _shape("a JSON Web Token", r"eyJ", r"[\w-]{17,}(?:\.[\w-]*)*"),
+    _shape("a Weights & Biases API key", r"wandb_v\d+_", r"\w{20,}"),
+    _shape("an npm token", r"npm_", r"[A-Za-z0-9]{30,}"),
+    _shape("a PyPI token", r"pypi-AgE", r"[\w-]{16,}"),
+    _shape("a Docker token", r"dckr_pat_", r"[\w-]{20,}"),
+    _shape("a Databricks token", r"dapi", r"[0-9a-f]{32}"),
+    _shape("an NVIDIA API key", r"nvapi-", r"[\w-]{40,}"),
+    _Rule(
+        "a token of an Authorization header",
+        re.compile(r"(?i)\b(Bearer |Authorization:? (?:Basic|Token) )(?=\S*\d)[\w.~+/-]{16,}=*"),
+        lambda found: found[1] + HIDDEN,
+    ),
+]
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_SECRET_WORDS = {"token", "secret", "password", "passwd", "passphrase", "apikey", "credential", "credentials"}
+_SECRET_KEYS = {"api", "access", "secret", "private", "account", "encryption", "signing", "shared"}  # before the word key
+# Before the word token: of a vocabulary, or counted.
+_NO_SECRET_TOKEN = set(
+    [
+        "bos",
+        "eos",
+        "pad",
+        "unk",
+        "sep",
+        "cls",
+        "mask",
+        "eot",
+        "eod",
+        "bot",
+        "start",
+        "end",
+        "begin",
+        "stop",
+        "prefix",
+        "suffix",
+        "middle",
+        "image",
+        "audio",
+        "video",
+        "special",
+        "added",
+        "think",
+        "boundary",
+        "newline",
+        "fill",
+        "next",
+        "last",
+        "first",
+        "max",
+        "min",
+        "num",
+        "per",
+        "new",
+    ]
+)
+# A variable whose name ends so says something about a secret, or where it is, but does not hold it.
+_ABOUT_A_SECRET = set(
+    [
+        "path",
+        "file",
+        "dir",
+        "folder",
+        "url",
+        "uri",
+        "endpoint",
+        "host",
+        "port",
+        "id",
+        "name",
+        "user",
+        "username",
+        "type",
+        "length",
+        "size",
+        "limit",
+        "count",
+        "ttl",
+        "expiry",
+        "timeout",
+        "seconds",
+        "days",
+        "parallelism",
+        "budget",
+        "enabled",
+        "disabled",
+    ]
+)
+_NO_SECRET = {"", "true", "false", "none", "null", "yes", "no", "on", "off", "disabled", "required", "optional", HIDDEN}
+_QUERY_SECRETS = {"key", "sig", "signature", "auth", "awsaccesskeyid"}
+_SIGNED_QUERY = ("x-amz-", "x-goog-")  # of a presigned URL
+
+_VALUE = r"""'[^'\n]*'|"[^"\n]*"|[^\s,;&'")\]}]+"""
+
+
+def names_credential(name: str) -> bool:
+    """Whether what has this name is a credential: `HF_TOKEN`, `--api-key`, `auth.password`; not `tokens` or `eos_token`."""
+    *before, last = [word.lower() for word in _WORD.findall(name)] or [""]
+    previous = before[-1] if before else ""
+    if last == "key":
+        return previous in _SECRET_KEYS
+    return last in _SECRET_WORDS and not (last == "token" and previous in _NO_SECRET_TOKEN)
+
+
+def _hide_value(found: re.Match[str]) -> str:
+    """Hide `value` behind `name` and what separates them, where the name is a credential's."""
+    value = found["value"].strip("'\"")
+    if not names_credential(found["name"]) or value.lower() in _NO_SECRET or value.startswith(("$", "<", "-")):
+        return found[0]
+    return found["before"] + found["value"].replace(value, HIDDEN)
+
+
+def _hide_user(found: re.Match[str]) -> str:
+    """Hide what stands before the host of a URL: a user with a password, or, over HTTP, a token."""
+    scheme, user, host = found.groups()
+    return f"{scheme}{HIDDEN}@{host}" if ":" in user or ("http" in scheme.lower() and user != "git") else found[0]
+
+
+def _hide_parameter(found: re.Match[str]) -> str:
+    name = found["name"].lower()
+    secret = name in _QUERY_SECRETS or name.startswith(_SIGNED_QUERY) or names_credential(found["name"])
+    return f"{found['before']}{HIDDEN}" if secret else found[0]
+
+
+_IN_A_URL = [
+    _Rule("a credential in a URL", re.compile(r"([A-Za-z][\w+.-]*://)([^/?#\s@'\"<>]+)@([\w.\[-])"), _hide_user),
+    _Rule("a credential in a URL", re.compile(r"(?P<before>[?&](?P<name>[\w.-]+)=)[^&#\s'\"<>]+"), _hide_parameter),
+]
+_NAMED = [
+    _Rule("a credential by its name", re.compile(rf"(?P<before>(?<![\w.-])(?P<name>[\w.-]+)=)(?P<value>{_VALUE})"), _hide_value),
+    _Rule("a credential by its name", re.compile(rf"(?P<before>(?<!\S)(?P<name>--?[\w-]+)\s+)(?P<value>{_VALUE})"), _hide_value),
+]
+# As YAML, JSON and messages write it. Prose and code do too ("the secret: ..."), so that nothing is refused for it.
+_LOOSELY_NAMED = _Rule(
+    "a credential by its name",
+    re.compile(rf"""(?P<before>(?<![\w.-])(?P<name>[\w.-]+)["']?\s?[:=]\s*)(?P<value>{_VALUE})"""),
+    _hide_value,
+)
+
+
+def find_credential(text: str) -> str | None:
+    """Return what kind of credential `text` seems to hold, without its value; None where it holds none."""
+    for rule in [*_held_secrets(), *_SHAPES, *_IN_A_URL, *_NAMED]:
+        if any(rule.hide(found) != found[0] for found in rule.pattern.finditer(text)):
+            return rule.kind
+    return None
+
+
+def hide_credentials(text: str) -> str:
+    """Replace every credential in `text` by `***`, behind its published prefix where it has one. Hiding twice changes nothing."""
+    return _hide(text, _all_rules())
+
+
+def hide_in_command(words: list[str]) -> list[str]:
+    """Hide credentials in the words of a command: within a word, and the word after an option such as `--token`."""
+    rules = _all_rules()
+    return [
+        _hide_named(word, rules) if not _is_option(before) or word.startswith("-") else HIDDEN
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
+def hide_in_tree(tree: Any) -> Any:
+    """Hide credentials in every string of a JSON tree, keys too, and every value whose key names a credential."""
+    return _hide_tree(tree, _all_rules())
+
+
+def _hide_tree(tree: Any, rules: list[_Rule]) -> Any:
+    if isinstance(tree, dict):
+        return {_hide_tree(key, rules): _hide_member(key, value, rules) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_hide_tree(value, rules) for value in tree]
+    return _hide(tree, rules) if isinstance(tree, str) else tree
+
+
+def _hide_member(key: Any, value: Any, rules: list[_Rule]) -> Any:
+    holds = isinstance(key, str) and isinstance(value, str) and names_credential(key)
+    return HIDDEN if holds and value.lower() not in _NO_SECRET else _hide_tree(value, rules)
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and "=" not in word and names_credential(word)
+
+
+def _hide_named(word: str, rules: list[_Rule]) -> str:
+    """A word of a command; all that follows `name=`, spaces and commas too, where the name is a credential's."""
+    name, equals, value = word.partition("=")
+    if equals and re.fullmatch(r"[\w.-]+", name) and names_credential(name) and value.lower() not in _NO_SECRET:
+        return f"{name}={HIDDEN}"
+    return _hide(word, rules)
+
+
+def _hide(text: str, rules: list[_Rule]) -> str:
+    for rule in rules:
+        text = rule.pattern.sub(rule.hide, text)
+    return text
+
+
+def _all_rules() -> list[_Rule]:
+    return [*_held_secrets(), *_SHAPES, *_IN_A_URL, *_NAMED, _LOOSELY_NAMED]
+
+
+def _held_secrets() -> list[_Rule]:
+    """A rule for each secret that this process holds, longest first: as it is, and as URLs and JSON write it."""
+    held = dict(_secrets())
+    forms = {form: kind for value, kind in held.items() for form in (value, quote(value, safe=""), json.dumps(value)[1:-1])}
+    longest_first = sorted(forms, key=len, reverse=True)
+    return [_Rule(forms[form], re.compile(re.escape(form)), lambda found: HIDDEN) for form in longest_first]
+
+
+def _secrets() -> Iterator[tuple[str, str]]:
+    """Each secret value of the environment and the Hub's saved token, with what it is."""
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST and value.lower() not in _NO_SECRET and _holds_secret(name) and not os.path.exists(value):
+            yield value, f"the value of the environment variable {name}"
+    if len(saved := _saved_token()) >= SHORTEST:
+        yield saved, "the saved token of the Hub"
+
+
+def _holds_secret(variable: str) -> bool:
+    """Whether an environment variable's name has a credential's anywhere in it, and does not go on to say where that is."""
+    words = _WORD.findall(variable)
+    return (
+        words[-1:]
+        and words[-1].lower() not in _ABOUT_A_SECRET
+        and any(names_credential(" ".join(words[: end + 1])) for end in range(len(words)))
+    )
+
+
+def _saved_token() -> str:
+    """The token that `hf auth login` has saved, where huggingface_hub reads it; empty where there is none."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", os.path.join(cache, "huggingface"))
+    file = Path(os.environ.get("HF_TOKEN_PATH", os.path.join(home, "token"))).expanduser()
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
