@@ -66,76 +66,17 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORDS = {"token", "secret", "password", "passwd", "passphrase", "apikey", "credential", "credentials"}
 _SECRET_KEYS = {"api", "access", "secret", "private", "account", "encryption", "signing", "shared"}  # before the word key
 # Before the word token: of a vocabulary, or counted.
-_NO_SECRET_TOKEN = set(
-    [
-        "bos",
-        "eos",
-        "pad",
-        "unk",
-        "sep",
-        "cls",
-        "mask",
-        "eot",
-        "eod",
-        "bot",
-        "start",
-        "end",
-        "begin",
-        "stop",
-        "prefix",
-        "suffix",
-        "middle",
-        "image",
-        "audio",
-        "video",
-        "special",
-        "added",
-        "think",
-        "boundary",
-        "newline",
-        "fill",
-        "next",
-        "last",
-        "first",
-        "max",
-        "min",
-        "num",
-        "per",
-        "new",
-    ]
-)
+_NO_SECRET_TOKEN = {
+    "bos", "eos", "pad", "unk", "sep", "cls", "mask", "eot", "eod", "bot", "start", "end", "begin", "stop", "prefix",
+    "suffix", "middle", "image", "audio", "video", "special", "added", "think", "boundary", "newline", "fill", "next",
+    "last", "first", "max", "min", "num", "per", "new",
+}  # fmt: skip
 # A variable whose name ends so says something about a secret, or where it is, but does not hold it.
-_ABOUT_A_SECRET = set(
-    [
-        "path",
-        "file",
-        "dir",
-        "folder",
-        "url",
-        "uri",
-        "endpoint",
-        "host",
-        "port",
-        "id",
-        "name",
-        "user",
-        "username",
-        "type",
-        "length",
-        "size",
-        "limit",
-        "count",
-        "ttl",
-        "expiry",
-        "timeout",
-        "seconds",
-        "days",
-        "parallelism",
-        "budget",
-        "enabled",
-        "disabled",
-    ]
-)
+_ABOUT_A_SECRET = {
+    "path", "file", "dir", "folder", "url", "uri", "endpoint", "host", "port", "id", "name", "user", "username", "type",
+    "length", "size", "limit", "count", "ttl", "expiry", "timeout", "seconds", "days", "parallelism", "budget", "enabled",
+    "disabled",
+}  # fmt: skip
 _NO_SECRET = {"", "true", "false", "none", "null", "yes", "no", "on", "off", "disabled", "required", "optional", HIDDEN}
 _QUERY_SECRETS = {"key", "sig", "signature", "auth", "awsaccesskeyid"}
 _SIGNED_QUERY = ("x-amz-", "x-goog-")  # of a presigned URL
@@ -270,11 +211,8 @@ def _secrets() -> Iterator[tuple[str, str]]:
 def _holds_secret(variable: str) -> bool:
     """Whether an environment variable's name has a credential's anywhere in it, and does not go on to say where that is."""
     words = _WORD.findall(variable)
-    return (
-        words[-1:]
-        and words[-1].lower() not in _ABOUT_A_SECRET
-        and any(names_credential(" ".join(words[: end + 1])) for end in range(len(words)))
-    )
+    about = bool(words) and words[-1].lower() in _ABOUT_A_SECRET
+    return not about and any(names_credential("_".join(words[: end + 1])) for end in range(len(words)))
 
 
 def _saved_token() -> str:
