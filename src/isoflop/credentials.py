@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 HIDDEN = "***"
+REMEDY = (
+    "recipes are published with their runs, so that no credential belongs into one; take it out, and give it in the environment"
+    " (HF_TOKEN or hf auth login for the Hub, WANDB_API_KEY for a tracker)"
+)
 SHORTEST = 8  # characters of a secret of the environment: a shorter one would hide ordinary words
 
 
@@ -131,9 +135,15 @@ _LOOSELY_NAMED = _Rule(
 
 def find_credential(text: str) -> str | None:
     """Return what kind of credential `text` seems to hold, without its value; None where it holds none."""
-    for rule in [*_held_secrets(), *_SHAPES, *_IN_A_URL, *_NAMED]:
-        if any(rule.hide(found) != found[0] for found in rule.pattern.finditer(text)):
-            return rule.kind
+    return _find(text, _certain_rules())
+
+
+def find_in_tree(tree: Any) -> str | None:
+    """Return `key holds kind` of the first credential in a tree of mappings and lists, keys too; the dotted key shows none."""
+    rules = _certain_rules()
+    for names, text in _texts(tree, ()):
+        if kind := _find(text, rules):
+            return f"{_hide('.'.join(names), rules)} holds {kind}"
     return None
 
 
@@ -153,7 +163,7 @@ def hide_in_command(words: list[str]) -> list[str]:
 
 def hide_in_tree(tree: Any) -> Any:
     """Hide credentials in every string of a JSON tree, keys too, and every value whose key names a credential."""
-    return _hide_tree(tree, _all_rules())
+    return _hide_tree(tree, _certain_rules())
 
 
 def _hide_tree(tree: Any, rules: list[_Rule]) -> Any:
@@ -165,8 +175,8 @@ def _hide_tree(tree: Any, rules: list[_Rule]) -> Any:
 
 
 def _hide_member(key: Any, value: Any, rules: list[_Rule]) -> Any:
-    holds = isinstance(key, str) and isinstance(value, str) and names_credential(key)
-    return HIDDEN if holds and value.lower() not in _NO_SECRET else _hide_tree(value, rules)
+    holds = isinstance(key, str) and isinstance(value, str | int | float) and names_credential(key)
+    return HIDDEN if holds and str(value).lower() not in _NO_SECRET else _hide_tree(value, rules)
 
 
 def _is_option(word: str) -> bool:
@@ -187,8 +197,33 @@ def _hide(text: str, rules: list[_Rule]) -> str:
     return text
 
 
+def _find(text: str, rules: list[_Rule]) -> str | None:
+    for rule in rules:
+        if any(rule.hide(found) != found[0] for found in rule.pattern.finditer(text)):
+            return rule.kind
+    return None
+
+
+def _texts(tree: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every value of a tree, as text, and every key, with the keys that lead to it."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            below = (*names, str(key))
+            yield below, str(key)
+            yield from _texts(value, below)
+    elif isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            yield from _texts(value, (*names, str(number)))
+    elif tree is not None:
+        yield names, str(tree)  # YAML makes a number of a password that looks like one
+
+
+def _certain_rules() -> list[_Rule]:
+    return [*_held_secrets(), *_SHAPES, *_IN_A_URL, *_NAMED]
+
+
 def _all_rules() -> list[_Rule]:
-    return [*_held_secrets(), *_SHAPES, *_IN_A_URL, *_NAMED, _LOOSELY_NAMED]
+    return [*_certain_rules(), _LOOSELY_NAMED]
 
 
 def _held_secrets() -> list[_Rule]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as checked_by
 
+from isoflop.credentials import REMEDY, find_in_tree
 from isoflop.errors import UserError
 from isoflop.recipe_data import Data, Section, Tokenizer, require_one_of
 
@@ -231,11 +232,8 @@ def require_whole_steps(training: Training, num_processes: int) -> int:
         return training.tokens_per_step // unit
     below, above = training.tokens_per_step // unit * unit, (training.tokens_per_step // unit + 1) * unit
     windows = training.tokens_per_step // (training.sequence_length * num_processes)
-    fitting = [
-        m
-        for m in range(1, min(windows, LARGEST_TRIED) + 1)
-        if training.tokens_per_step % (training.sequence_length * m * num_processes) == 0
-    ]
+    tried = range(1, min(windows, LARGEST_TRIED) + 1)
+    fitting = [m for m in tried if training.tokens_per_step % (training.sequence_length * m * num_processes) == 0]
     near = sorted(sorted(fitting, key=lambda m: abs(m - training.micro_batch_size))[:2])
     raise UserError(
         f"training.tokens_per_step = {training.tokens_per_step} is not a multiple of {unit} = sequence_length"
@@ -349,6 +347,13 @@ class Recipe(Section):
     seed: NonNegativeInt = 1337
     """Initial weights, the order of the windows and dropout follow from it."""
 
+    @checked_by(mode="before")
+    @classmethod
+    def _hold_no_credential(cls, given: Any) -> Any:
+        if found := find_in_tree(given):
+            raise UserError(f"{found}; {REMEDY}")  # pydantic's own error would show the value
+        return given
+
     @checked_by(mode="after")
     def _parts_agree(self) -> Self:
         if self.training.sequence_length > self.model.max_positions:
@@ -375,9 +380,8 @@ class Recipe(Section):
 
     def trajectory(self) -> dict[str, Any]:
         """The parts that decide the weights a run ends with, by dotted key: a run folder belongs to these values."""
-        free = {f"training.{key}" for key in ("micro_batch_size", "activation_checkpointing", *_EXECUTION)} | {
-            "data.prepared_dir"
-        }
+        execution = ("micro_batch_size", "activation_checkpointing", *_EXECUTION)
+        free = {"data.prepared_dir", *(f"training.{key}" for key in execution)}
         learnt = self.model_dump(mode="json", exclude={"anomalies", "evaluation", "output", "hub", "law"})
         return {key: value for key, value in flatten(learnt).items() if key not in free}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from isoflop import cost
+from isoflop.credentials import hide_credentials
 from isoflop.errors import UserError
 from isoflop.recipe import Model, Recipe
 from isoflop.recipe_file import load_recipe, to_yaml
@@ -109,12 +110,14 @@ def _fit_micro_batch(recipe: Recipe, target: Target) -> tuple[Recipe, list[str]]
 
 
 def write_recipe(path: Path, recipe: Recipe, header: list[str]) -> None:
-    """Write a recipe under comment lines. Raises `UserError` rather than overwrite one."""
+    """Write a recipe under comment lines. Raises `UserError` rather than overwrite one, or write a recipe that is refused."""
+    Recipe.model_validate(recipe.model_dump(mode="json"))  # copies with other values are not checked by themselves
+    comments = "".join(f"# {hide_credentials(line)}\n" for line in header)
     if path.suffix not in (".yaml", ".yml") or not path.parent.is_dir():
         raise UserError(f"--write {path}: give a .yaml file in a folder that exists, e.g. recipes/mine.yaml")
     try:
         with path.open("x", encoding="utf-8") as stream:
-            stream.write("".join(f"# {line}\n" for line in header) + to_yaml(recipe, exclude_none=True))
+            stream.write(comments + to_yaml(recipe, exclude_none=True))
     except FileExistsError:
         raise UserError(f"--write {path} exists already; delete it, or give another name") from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What must not leave the machine: host names, user names and the folders they stand in."""
+"""What must not leave the machine: credentials, host names, user names and the folders they stand in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import isoflop
+from isoflop.credentials import hide_in_command, hide_in_tree
 from isoflop.recipe import Recipe
 
 # Two parts or more: `/s` is no path, but a slash in some text. Not behind what makes it a part of an URL or a relative path.
@@ -28,12 +29,13 @@ def published_recipe(recipe: Recipe) -> Recipe:
 def published_environment(environment: dict[str, Any]) -> dict[str, Any]:
     """Versions, hardware names and launches of `environment.json`, oldest launch first; no host, no paths."""
     newest = {key: value for key, value in environment.items() if key != "earlier_launches"}
-    return {"launches": [_launch(launch) for launch in [*environment["earlier_launches"], newest]]}
+    launches = [*environment["earlier_launches"], newest]
+    return {"launches": [hide_in_tree(_launch(launch)) for launch in launches]}
 
 
 def _launch(launch: dict[str, Any]) -> dict[str, Any]:
     hardware = {key: value for key, value in launch["hardware"].items() if key != "host"}
-    return launch | {"hardware": hardware, "command": [_typed(word) for word in launch["command"]]}
+    return launch | {"hardware": hardware, "command": [_typed(word) for word in hide_in_command(launch["command"])]}
 
 
 def _typed(word: str) -> str:
@@ -47,7 +49,7 @@ def _typed(word: str) -> str:
 
 
 def published_results(results: dict[str, Any], run: Path) -> dict[str, Any]:
-    """lm-eval's results without what they say of the machine, and with local paths shortened to their last part."""
+    """lm-eval's results without credentials and what they say of the machine; local paths shortened to their last part."""
     kept = {key: value for key, value in results.items() if key not in _OF_THE_MACHINE}
     # As a whole first: a folder's name may hold spaces, where the pattern would end.
     folders = [str(path) for path in (run.resolve(), CHECKOUT, Path.home()) if len(path.parts) > 1]
@@ -57,7 +59,7 @@ def published_results(results: dict[str, Any], run: Path) -> dict[str, Any]:
             text = text.replace(f"{folder}/", "").replace(folder, Path(folder).name)
         return _ABSOLUTE_PATH.sub(lambda found: Path(found[0]).name, text)
 
-    shortened: dict[str, Any] = _each(kept, shorten)
+    shortened: dict[str, Any] = _each(hide_in_tree(kept), shorten)
     return shortened
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from isoflop.credentials import hide_credentials
 from isoflop.errors import UserError
 from isoflop.publish.files import RECIPE, Files
 from isoflop.publish.redaction import published_recipe
@@ -192,11 +192,8 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _one_line(text: str) -> str:
-    """The text of an error, without line breaks and without any token."""
-    text = " ".join(text.split())
-    if token := get_token():
-        text = text.replace(token, "hf_***")
-    return re.sub(r"\bhf_\w{8,}", "hf_***", text)
+    """The text of an error, without line breaks and without any credential."""
+    return " ".join(hide_credentials(text).split())
 
 
 def _some(texts: list[str]) -> str:
