@@ -192,9 +192,11 @@ def _hide_named(word: str, rules: list[_Rule]) -> str:
 
 
 def _hide(text: str, rules: list[_Rule]) -> str:
+    """Apply the rules until nothing changes: what was hidden may have been the letter before another credential."""
+    hidden = text
     for rule in rules:
-        text = rule.pattern.sub(rule.hide, text)
-    return text
+        hidden = rule.pattern.sub(rule.hide, hidden)
+    return hidden if hidden == text else _hide(hidden, rules)
 
 
 def _find(text: str, rules: list[_Rule]) -> str | None:
