@@ -14,7 +14,7 @@ LIBRARY = sorted((ROOT / "src/isoflop").rglob("*.py")) + sorted((ROOT / "modelin
 LAYERS = {
     "isoflop": 0, "isoflop.errors": 0, "isoflop.disk": 0, "isoflop.tables": 0, "isoflop.modeling": 0,
     "isoflop.hardware": 0, "isoflop.devices": 0, "isoflop.credentials": 0,
-    "isoflop.output": 0, "isoflop.records": 1, "isoflop.run_folder": 2, "isoflop.loss_curve": 3,
+    "isoflop.output": 0, "isoflop.untrusted": 0, "isoflop.records": 1, "isoflop.run_folder": 2, "isoflop.loss_curve": 3,
     "isoflop.recipe": 1, "isoflop.recipe_data": 1, "isoflop.recipe_file": 1, "isoflop.cost": 1,
     "isoflop.families": 2, "isoflop.search": 2, "isoflop.scaling": 2,
     "isoflop.data": 3, "isoflop.optim": 3, "isoflop.checkpoint": 3, "isoflop.metrics": 3, "isoflop.distributed": 3,
@@ -28,6 +28,7 @@ LAYERS = {
 SAME_LAYER = {
     ("isoflop.disk", "isoflop.errors"),
     ("isoflop.hardware", "isoflop.errors"),
+    ("isoflop.untrusted", "isoflop.errors"),
     ("isoflop.errors", "isoflop.output"),  # how a command ends, and what it prints
     ("isoflop.errors", "isoflop.credentials"),
     ("isoflop.output", "isoflop.credentials"),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from isoflop.checkpoint.folder import held
 from isoflop.checkpoint.state import read
 from isoflop.data.manifest import read_manifest
+from isoflop.data.tokenizers import open_tokenizer
 from isoflop.modeling.build import build_config, load_model
 from isoflop.modeling.configuration_hybrid import HybridConfig
 from isoflop.modeling.conversion_hybrid import stock_preset
@@ -36,7 +36,7 @@ def export_checkpoint(recipe: Recipe, checkpoint: Path, target: Path) -> None:
     model.generation_config.pad_token_id = facts.eos_token_id
     disable_progress_bar()
     model.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(Path(recipe.data.prepared_dir) / "tokenizer")
+    tokenizer = open_tokenizer(recipe.data.prepared_dir)
     tokenizer.model_max_length = recipe.model.max_positions
     tokenizer.save_pretrained(target)
 

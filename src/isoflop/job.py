@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from isoflop import cost, hardware
 from isoflop.checkpoint.folder import list_checkpoints
@@ -26,7 +26,7 @@ from isoflop.checkpoint.state import set_zero_weights
 from isoflop.cpu import describe_cpu
 from isoflop.data.manifest import Manifest, made_from, read_manifest, validation_facts, verify_shards
 from isoflop.data.order import Order, permute, share_of_process
-from isoflop.data.tokenizers import tokenizer_hash
+from isoflop.data.tokenizers import open_tokenizer, tokenizer_hash
 from isoflop.data.windows import Windows
 from isoflop.distributed import launch_of, set_step
 from isoflop.errors import UserError
@@ -176,6 +176,11 @@ def check_data(recipe: Recipe, every_byte: bool) -> Manifest:
             f"data.prepared_dir = {prepared_dir!r} was prepared from other values ({'; '.join(changes)}); set another"
             " data.prepared_dir and run scripts/prepare.py, or undo the change"
         )
+    if list(manifest.sources) != list(recipe.data.shares()):
+        raise UserError(
+            f"data.prepared_dir = {prepared_dir!r} holds the sources {', '.join(manifest.sources)}, and the recipe names"
+            f" {', '.join(recipe.data.shares())}; copy the folder again, or prepare another one"
+        )
     if manifest.tokenizer.num_ids > recipe.model.vocab_size:
         raise UserError(
             f"model.vocab_size = {recipe.model.vocab_size} is smaller than the tokenizer's {manifest.tokenizer.num_ids} ids:"
@@ -201,7 +206,7 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
     set_step(accelerator, recipe, accumulation, launch)
     before = peak_memory_bytes(accelerator.device)
     facts = manifest.tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(Path(recipe.data.prepared_dir) / "tokenizer")
+    tokenizer = open_tokenizer(recipe.data.prepared_dir)
     training_model = build_training_model(recipe, facts.eos_token_id, facts.bos_token_id, accelerator.device)
     downstream = build_downstream(recipe.evaluation, training_model, tokenizer, accelerator, stop)
     optimizer = build_optimizer(training_model, recipe.optimizer, accelerator.device)

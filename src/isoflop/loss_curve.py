@@ -52,7 +52,7 @@ def _draw_losses(axes: Any, curve: TrainingCurve) -> None:
     """The training loss of each step and smoothed, broken where rows are missing, and the validation loss."""
     finite = array("q", (place for place, loss in enumerate(curve.losses) if not math.isnan(loss)))
     losses = array("d", (curve.losses[place] for place in finite))
-    lines = {"each step": losses, "smoothed": smoothed(losses)}
+    lines: dict[str, Sequence[float]] = {"each step": losses, "smoothed": smoothed(losses)}
     every = max(1, len(finite) // MOST_POINTS)
     styles = {"each step": {"color": "#9db7d5", "linewidth": 0.8}, "smoothed": {"color": "#1f4e8c", "linewidth": 1.6}}
     gaps = missing_steps(curve.steps)
@@ -66,8 +66,8 @@ def _draw_losses(axes: Any, curve: TrainingCurve) -> None:
         ]
         axes.plot([x for x, _ in drawn], [y for _, y in drawn], label=f"training loss, {name}", **styles[name])
     validated = [row for row in curve.measured if row["val_loss"] is not None]
-    tokens, losses = [row["tokens"] for row in validated], [row["val_loss"] for row in validated]
-    axes.plot(tokens, losses, "o-", color="#d1495b", label="validation loss")
+    measured = [row["tokens"] for row in validated], [row["val_loss"] for row in validated]
+    axes.plot(*measured, "o-", color="#d1495b", label="validation loss")
     for number, (first, last) in enumerate(gaps):
         per_step = curve.tokens[-1] / curve.steps[-1]
         label = {} if number else {"label": "rows missing"}

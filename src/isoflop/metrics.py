@@ -18,6 +18,7 @@ from isoflop.records import (
     StepFile,
     TrainingCurve,
     describe_steps,
+    finite,
     is_row,
     is_sample,
     missing_steps,
@@ -46,7 +47,7 @@ class MetricsLog:
 
     def write(self, row: Row) -> None:
         """Append one step's row; what is not a number becomes null."""
-        row = {key: _finite(value) for key, value in row.items()}
+        row = {key: finite(value) for key, value in row.items()}
         self._track(row)
         if not self._accelerator.is_main_process:
             return
@@ -124,13 +125,6 @@ def start_trackers(accelerator: Accelerator, config: dict[str, Any]) -> None:
             accelerator.print(f"tracker {name} does not start ({type(error).__name__}: {error}): going on without it")
         accelerator.log_with = wanted
     accelerator.trackers = started
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for what is not a number, also among the norms of the layers."""
-    if isinstance(value, dict):
-        return {key: _finite(norm) for key, norm in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -91,6 +91,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
+def finite(value: Any) -> Any:
+    """The value with null for what is not a finite number, also among the norms of the layers."""
+    if isinstance(value, dict):
+        return {key: finite(norm) for key, norm in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def missing_steps(steps: Sequence[int]) -> list[tuple[int, int]]:
     """First and last of each run of steps that are missing among ascending steps, from step 1 on."""
     return [(before + 1, step - 1) for before, step in zip((0, *steps), steps, strict=False) if step > before + 1]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from pydantic import TypeAdapter, ValidationError
 
 from isoflop.anomaly import History
 from isoflop.checkpoint import folder as checkpoints
@@ -14,7 +16,8 @@ from isoflop.checkpoint.state import is_zero, load_tensors
 from isoflop.errors import UserError
 from isoflop.job import Job
 from isoflop.metrics import MetricsLog
-from isoflop.records import Row
+from isoflop.records import Row, finite, is_row
+from isoflop.untrusted import shown
 
 NEWEST = "newest"
 
@@ -66,7 +69,7 @@ def load_checkpoint(job: Job, resume: str | None, eval_only: bool) -> Progress:
     job.accelerator.print(f"{'measuring' if eval_only else 'resuming from'} {path}")
     with checkpoints.held(path):
         state = checkpoints.read_trainer_state(path)
-        if state.pop("data") != job.manifest.fingerprint():
+        if state.pop("data", None) != job.manifest.fingerprint():
             raise UserError(
                 f"data.prepared_dir = {job.recipe.data.prepared_dir!r} holds other windows than {path} was trained on, made"
                 " from the same recipe but other files; put the earlier ones back, or start over in another output.run_dir"
@@ -74,10 +77,25 @@ def load_checkpoint(job: Job, resume: str | None, eval_only: bool) -> Progress:
         # To be measured it needs no moments; DeepSpeed's weights are in its optimizer.
         moments = job.inner_optimizer if not eval_only or is_zero(job.inner_optimizer) else None
         load_tensors(path, job.training_model, moments)
-    progress = Progress(**state)
+    progress = progress_of(path, state)
     job.accelerator.wait_for_everyone()
     if job.accelerator.is_main_process and not eval_only:
         checkpoints.discard_after(job.folder.checkpoints, progress.step)  # broken, or to be trained again
+    return progress
+
+
+def progress_of(path: Path, state: dict[str, Any]) -> Progress:
+    """What a checkpoint's trainer state says. Raises `UserError` where that is not as `save_checkpoint` writes it."""
+    where = path / checkpoints.TRAINER_STATE
+    try:
+        progress: Progress = TypeAdapter(Progress).validate_python(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "it"
+        raise UserError(f"{where}: {key} = {shown(first['input'])}: {first['msg']}; use another checkpoint") from None
+    row = {key: finite(value) for key, value in (progress.row or {}).items()}
+    if progress.step != checkpoints.step_of(path) or row.get("step") != progress.step or not is_row(row):
+        raise UserError(f"{where}: step or row is not that of {path.name}; use another checkpoint")
     return progress
 
 

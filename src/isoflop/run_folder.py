@@ -30,6 +30,7 @@ from isoflop.disk import has_keys, is_lock, lock, replace_folder, require_own_fo
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe, differences
 from isoflop.recipe_file import load_recipe, to_yaml
+from isoflop.untrusted import read_json, shown
 
 _LIBRARIES = (
     "isoflop",
@@ -99,12 +100,12 @@ class RunFolder:
         """The summary of a run that is done, else None. Raises `UserError` where it is damaged."""
         if not self.summary.exists():
             return None
-        summary = _read_json(self.summary, "delete it, and the command that trained the run writes it from the last checkpoint")
+        summary = read_json(self.summary, "delete it, and the command that trained the run writes it from the last checkpoint")
         for key in SUMMARY_NUMBERS:
             value = summary.get(key)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise UserError(
-                    f"{self.summary}: {key} = {str(value)[:50]!r} is not a number; delete the file, and the command that trained"
+                    f"{self.summary}: {key} = {shown(value)} is not a number; delete the file, and the command that trained"
                     " the run writes it from the last checkpoint"
                 )
         return summary
@@ -140,7 +141,7 @@ class RunFolder:
         In this order: the first says that the folder is a run's.
         """
         file = self.path / "environment.json"
-        previous = _read_json(file, "move it away: it tells of earlier launches alone") if file.exists() else None
+        previous = read_json(file, "move it away: it tells of earlier launches alone") if file.exists() else None
         earlier = [] if previous is None else [*previous.pop("earlier_launches", []), previous]
         here = {**environment(), "command": hide_in_command(command), "launch": launch, "earlier_launches": earlier}
         self._start = {"environment.json": json.dumps(here, indent=1) + "\n", "recipe.yaml": to_yaml(recipe)}
@@ -158,17 +159,6 @@ class RunFolder:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`: from now on the run is done."""
         write_aside(self.summary, json.dumps(summary, indent=1) + "\n")
-
-
-def _read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """A JSON object. Raises `UserError` where the file holds something else."""
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({type(error).__name__}: {str(error)[:100]}); {remedy}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{file} is not a JSON object; {remedy}")
-    return tree
 
 
 def environment() -> dict[str, Any]:

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from isoflop.credentials import hide_in_tree
 from isoflop.disk import require_own_files, write_aside
+from isoflop.errors import UserError
 from isoflop.tables import markdown, table
+from isoflop.untrusted import read_json
 
 EVAL = Path(__file__).parents[2] / "eval"  # of the checkout; an installed copy has lm-eval's own tasks alone
 RESULTS = "results.json"
@@ -79,10 +82,14 @@ def require_own_results(folder: Path) -> None:
 
 
 def write_results(results: dict[str, Any], folder: Path, parameters: int | None) -> None:
-    """Write lm-eval's results as `results.json`, and the table of scores beside published ones as `results.md`."""
+    """Write lm-eval's results as `results.json`, and the table of scores beside published ones as `results.md`.
+
+    Its record of what was typed (`--model-args token=...`) and of the machine goes in without credentials.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # First, since it tells whose the files are. lm-eval turns what JSON does not know (functions, dtypes) into text as well.
-    write_aside(folder / RESULTS, json.dumps(results, indent=2, default=str, ensure_ascii=False) + "\n")
+    plain = hide_in_tree(json.loads(json.dumps(results, default=str)))
+    write_aside(folder / RESULTS, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
     write_aside(folder / "results.md", score_markdown(scores_of(results), parameters))
 
 
@@ -90,7 +97,14 @@ def read_scores(evaluations: Path) -> list[Score]:
     """The newest score of every task and metric in a run's `evaluations/`, one folder a suite."""
     newest: dict[tuple[str, str], Score] = {}
     for file in sorted(evaluations.glob(f"*/{RESULTS}"), key=lambda file: file.stat().st_mtime):
-        scores = scores_of(json.loads(file.read_text(encoding="utf-8")))
+        results = read_json(file, "move it away, or run scripts/run_eval.py again")
+        try:
+            scores = scores_of(results)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file} is not as lm-eval writes results ({type(error).__name__}: {error}); move it away, or run"
+                " scripts/run_eval.py again"
+            ) from None
         newest |= {(score.task, score.metric): score for score in scores}
     return [newest[key] for key in sorted(newest)]
 

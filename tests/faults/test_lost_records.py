@@ -221,8 +221,8 @@ def wait_for(condition, timeout_s=90):
 def test_a_summary_that_is_damaged_is_refused_by_name(undisturbed, tmp_path, ranks):
     folder = Path(shutil.copytree(undisturbed["llama"].output.run_dir, tmp_path / "run"))
     for content, reason in (
-        ("{", "cannot be read"),
-        ("[]", "is not a JSON object"),
+        ("{", "is not JSON"),
+        ("[]", "holds a list where a JSON object belongs"),
         ('{"steps": "ten"}', "steps = 'ten' is not a number"),
     ):
         (folder / "summary.json").write_text(content)

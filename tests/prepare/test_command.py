@@ -165,7 +165,9 @@ def test_an_empty_folder_is_filled_and_another_is_not_touched(fresh):
     folder.mkdir()
     prepare(fresh)
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"exists and is not a prepared folder \(no manifest.json\); name another, or empty it"):
+    with pytest.raises(
+        UserError, match=r"is not empty and is not a prepared folder: it holds"
+    ):
         prepare(fresh)
 
 

@@ -131,8 +131,8 @@ def test_a_broken_law_file_is_refused(changes, message, tmp_path):
     [
         ("hofmann", "law hofmann: neither a published law nor a file that can be read; did you mean hoffmann?"),
         ("README.md", "law README.md: not YAML; a law is a mapping of form, coefficients, counts, source"),
-        ("src", "neither a published law nor a file that can be read"),
-        ("x" * 5000, "neither a published law nor a file that can be read"),
+        ("src", "src cannot be read: Is a directory; give a law that scripts/fit.py wrote"),
+        ("x" * 5000, "cannot be read: File name too long; give a law that scripts/fit.py wrote"),
         ("recipes/quickstart.yaml", "not a law: a YAML mapping of form"),
     ],
 )

@@ -52,7 +52,7 @@ def test_what_is_wrong_is_named(tmp_path, changes, message):
 
 
 def test_files_that_are_no_sweep(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="does not exist"):
         load_suite(tmp_path / "none.yaml")
     for text, message in (("a: [", "is not YAML"), ("- 1", "is not a mapping; its keys are recipe, overrides, budgets")):
         (tmp_path / "s.yaml").write_text(text)

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from isoflop.disk import remove_own, replace_folder, sha256
+from isoflop.errors import UserError
+from isoflop.untrusted import leaves_folder, named, read_json, shown
 
 CHECKSUMS, TRAINER_STATE = "checksums.json", "trainer_state.json"
+MOST_FAULTS = 8  # of a checkpoint, in a message
 # The files of a checkpoint: these, and torch.distributed.checkpoint's.
 _OWN = re.compile(r"checksums\.json|trainer_state\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp")
 
@@ -50,16 +53,23 @@ def newest_whole(folder: Path) -> Path | None:
 
 def find_faults(path: Path) -> list[str]:
     """What is wrong with a checkpoint: missing, truncated or altered files, by name. Empty when it is whole."""
+    if outside := leaves_folder(path / CHECKSUMS, path):
+        return [outside]
     try:
-        checksums: dict[str, str] = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [f"{CHECKSUMS}: {error}"]
-    faults = []
+        checksums = read_json(path / CHECKSUMS, "use another checkpoint")
+    except UserError as error:
+        return [str(error)]
+    faults = [f"{name} is not in {CHECKSUMS}" for name in (".metadata", TRAINER_STATE) if name not in checksums]
+    there = {file.name for file in path.iterdir()}
     for name, checksum in checksums.items():
+        if len(faults) == MOST_FAULTS:
+            return [*faults, "and more"]
         if Path(name).name != name:
-            faults.append(f"{CHECKSUMS} names {name!r}, which is no file of this folder")
-        elif not (path / name).is_file():
-            faults.append(f"{name} is missing")
+            faults.append(f"{CHECKSUMS} names {shown(name)}, which is no file of this folder")
+        elif name not in there or not (path / name).is_file():
+            faults.append(f"{named(name)} is missing")
+        elif outside := leaves_folder(path / name, path):
+            faults.append(outside)
         elif sha256(path / name) != checksum:
             faults.append(f"{name} does not match its checksum")
     return faults
@@ -81,9 +91,8 @@ def seal(aside: Path, final: Path, trainer_state: dict[str, Any], known: dict[st
 
 
 def read_trainer_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors."""
-    state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
-    return state
+    """What a checkpoint says beside its tensors. Raises `UserError` where that is no JSON object."""
+    return read_json(path / TRAINER_STATE, "use another checkpoint")
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None, keep: Iterable[int] = ()) -> None:

@@ -7,11 +7,16 @@ and joins the shards). Hyperparameters are the recipe's and are not saved. Nothi
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.fsdp import FSDPModule
 
 from isoflop.errors import UserError
+from isoflop.untrusted import leaves_folder, shown
 
 Tensors = dict[str, Tensor]
 
@@ -68,17 +74,28 @@ def load_tensors(path: Path, model: nn.Module, optimizer: Any) -> None:
 
 
 def read(path: Path, tensors: Tensors) -> None:
-    """Fill tensors by their names, in place. Raises `UserError` where the checkpoint's table of contents tries to run code."""
+    """Fill tensors by their names, in place.
+
+    Raises `UserError` where the checkpoint's table of contents tries to run code or is none, and where what it describes does not
+    fit the tensors or is not there.
+    """
     reader = TensorReader(path)
     try:
         reader.read_metadata()  # DCP does so again, but would wrap the refusal
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}/.metadata: {error}; this is no checkpoint of isoflop: delete {path} and find out who wrote it"
+            f"{path}/.metadata: {error}; this is no checkpoint of isoflop: use another one, and find out who wrote it"
         ) from None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        load_sharded(dict(tensors), storage_reader=reader, no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            load_sharded(dict(tensors), storage_reader=reader, no_dist=True)
+    except Exception as error:  # DCP's, torch's and the zip reader's
+        cause = next((wrapped[0] for wrapped in getattr(error, "failures", {}).values()), error)
+        raise UserError(
+            f"{path} cannot be loaded: {type(cause).__name__}: {shown(' '.join(str(cause).split()))}; use another checkpoint, or"
+            " the recipe that it was made by"
+        ) from error
 
 
 def gather_zero(model: nn.Module, optimizer: Any, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
@@ -160,19 +177,71 @@ class TensorReader(FileSystemReader):
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
-        """The checkpoint's table of contents. Raises `pickle.UnpicklingError` for anything that is more than one."""
-        with (Path(self.path) / ".metadata").open("rb") as stream:
-            metadata: dcp_metadata.Metadata = _Descriptions(stream).load()
-        for place in metadata.storage_data.values():
-            if Path(place.relative_path).name != place.relative_path:
-                raise pickle.UnpicklingError(f"it names the file {place.relative_path!r}, which is not in this folder")
-        metadata.storage_meta = metadata.storage_meta or dcp_metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        """The checkpoint's table of contents. Raises `pickle.UnpicklingError` for anything that is not one, or is more."""
+        folder = Path(self.path)
+        try:
+            metadata: dcp_metadata.Metadata = _Descriptions(io.BytesIO((folder / ".metadata").read_bytes())).load()
+            places = metadata.storage_data.values()
+            for name in {place.relative_path for place in places}:
+                if Path(name).name != name:
+                    raise pickle.UnpicklingError(f"it names the file {shown(name)}, which is not in this folder")
+                if outside := leaves_folder(folder / name, folder):
+                    raise pickle.UnpicklingError(outside)
+            if any(place.transform_descriptors or place.offset < 0 or place.length < 0 for place in places):
+                raise pickle.UnpicklingError("it describes tensors as no checkpoint of isoflop has them")
+            metadata.storage_meta = metadata.storage_meta or dcp_metadata.StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+        except pickle.UnpicklingError:
+            raise
+        except Exception as error:  # a pickle that is cut short or made by hand may raise anything
+            raise pickle.UnpicklingError(f"it is no table of contents ({type(error).__name__}: {shown(str(error))})") from None
         return metadata
 
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        """A tensor's part of a file: a zip archive, which torch writes uncompressed. A compressed one could hold any amount."""
+        with zipfile.ZipFile(_Part(file, sinfo.offset, sinfo.length)) as archive:
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > sinfo.length:
+                raise pickle.UnpicklingError(f"{sinfo.relative_path} is compressed, which no checkpoint of isoflop is")
+        return super()._slice_file(file, sinfo)
 
-class _Descriptions(pickle.Unpickler):
-    """The classes that DCP's metadata of tensors is made of, and no others (Python's documentation, "Restricting Globals")."""
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file. DCP's own view of one cannot seek from its end (torch 2.13), where a zip has its directory."""
+
+    def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
+        self._stream, self._offset, self._length, self._place = stream, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._place = start + offset
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        self._stream.seek(self._offset + self._place)
+        read = self._stream.read(min(len(buffer), max(0, self._length - self._place)))
+        buffer[: len(read)] = read
+        self._place += len(read)
+        return len(read)
+
+
+class _Descriptions(pickle._Unpickler):
+    """The classes that DCP's metadata of tensors is made of, and no others (Python's documentation, "Restricting Globals").
+
+    The unpickler written in Python: the one in C takes memory for what a few bytes claim (bpo-115952).
+    """
 
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": {
@@ -190,3 +259,11 @@ class _Descriptions(pickle.Unpickler):
         if name not in self.ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no description of tensors needs")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Give a description its fields. A class or a function is given none."""
+        if not is_dataclass(self.stack[-2]) or isinstance(self.stack[-2], type):
+            raise pickle.UnpicklingError("it gives fields to what is no description of tensors")
+        super().load_build()
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}

@@ -5,19 +5,25 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 from tqdm import tqdm
 
 from isoflop.data.order import Order
 from isoflop.disk import sha256
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe, flatten
+from isoflop.recipe_file import explain_errors
+from isoflop.untrusted import MOST_JSON_BYTES, leaves_folder, read_text
 
 FILE_NAME = "manifest.json"
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
+
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+"""As far as a floating-point number counts."""
 
 
 class _Part(BaseModel):
@@ -29,27 +35,33 @@ class Shard(_Part):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """A file of the prepared folder itself: a path that leaves it is refused."""
-    bytes: int
+    bytes: Count
     sha256: str
-    windows: int
+    windows: Annotated[Count, Field(gt=0)]
 
 
 class Split(_Part):
     """One split of a source. `tokens` = windows x sequence_length + dropped_tokens - repeated_tokens."""
 
-    documents: int
-    bytes: int
+    documents: Count
+    bytes: Count
     """UTF-8 bytes of the documents."""
-    tokens: int
+    tokens: Count
     """With one end-of-text token a document."""
-    windows: int
-    dropped_tokens: int
+    windows: Count
+    dropped_tokens: Count
     """The last partial window, where it is dropped."""
-    repeated_tokens: int
+    repeated_tokens: Count
     """What a last window shares with the one before it, where it overlaps."""
-    unigram_entropy_nats: float | None
+    unigram_entropy_nats: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     """Entropy of the token frequencies: the loss of the best model that knows frequencies alone. Of validation."""
     shards: list[Shard]
+
+    @model_validator(mode="after")
+    def _windows_are_those_of_the_shards(self) -> Self:
+        if self.windows != (held := sum(shard.windows for shard in self.shards)):
+            raise ValueError(f"windows = {self.windows}, and the shards hold {held}")
+        return self
 
 
 class PreparedSource(_Part):
@@ -83,10 +95,10 @@ class TokenizerFacts(_Part):
     """The tokenizer that lies in `tokenizer/`."""
 
     sha256: str
-    num_ids: int
+    num_ids: Annotated[int, Field(gt=0, le=2**32)]
     """1 + the largest id it can give."""
-    eos_token_id: int
-    bos_token_id: int | None
+    eos_token_id: NonNegativeInt
+    bos_token_id: NonNegativeInt | None
     revision: str | None
     """Commit of a tokenizer from the Hub."""
 
@@ -99,12 +111,20 @@ class Manifest(_Part):
     """The recipe's values that decide the windows, by dotted key."""
     engine: str
     """The library that turned text into ids."""
-    dtype: str
-    sequence_length: int
+    dtype: Literal["uint16", "uint32"]
+    sequence_length: Annotated[Count, Field(ge=2)]
     tokenizer: TokenizerFacts
-    sources: dict[str, PreparedSource]
+    sources: Annotated[dict[str, PreparedSource], Field(min_length=1)]
     contamination: dict[str, Overlap]
     """By evaluation set, where the recipe names some."""
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> Self:
+        for name, source in self.sources.items():
+            for split in SPLITS:
+                if split not in source.splits or not source.splits[split].windows or not source.splits[split].tokens:
+                    raise ValueError(f"sources.{name}.splits.{split} is missing or empty")
+        return self
 
     def split(self, name: SplitName) -> list[Split]:
         """A split of every source, in their order."""
@@ -146,15 +166,15 @@ def made_from(recipe: Recipe) -> dict[str, Any]:
 
 def read_manifest(prepared_dir: str) -> Manifest:
     """Read a folder's manifest. Raises `UserError` where there is none or it is not one."""
-    file = Path(prepared_dir) / FILE_NAME
+    file, remedy = Path(prepared_dir) / FILE_NAME, "copy the folder again, or set another data.prepared_dir"
     try:
-        return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(read_text(file, MOST_JSON_BYTES, remedy))
     except FileNotFoundError:
         raise UserError(
             f"data.prepared_dir = {prepared_dir!r} has no {FILE_NAME}; run: python scripts/prepare.py RECIPE (same overrides)"
         ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not a manifest: {error}; delete {prepared_dir} and run scripts/prepare.py again") from None
+    except ValidationError as error:
+        raise UserError(f"{file} is not a manifest: {explain_errors(error, Manifest)}; {remedy}") from None
 
 
 def verify_shards(prepared_dir: str, manifest: Manifest, full: bool) -> None:
@@ -164,6 +184,8 @@ def verify_shards(prepared_dir: str, manifest: Manifest, full: bool) -> None:
         file = Path(prepared_dir) / shard.name
         if not file.is_file():
             return f"{file} is missing"
+        if outside := leaves_folder(file, Path(prepared_dir)):
+            return outside
         if file.stat().st_size != shard.bytes:
             return f"{file} has {file.stat().st_size} bytes, its manifest says {shard.bytes}"
         if full and sha256(file) != shard.sha256:

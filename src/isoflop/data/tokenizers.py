@@ -14,8 +14,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from isoflop.data.hub import hub_commit, why_not
 from isoflop.errors import UserError
 from isoflop.recipe_data import Tokenizer
+from isoflop.untrusted import MOST_JSON_BYTES, MOST_SHOWN, leaves_folder, read_json, shown
 
 END_OF_TEXT = "<|endoftext|>"
+# Keys of tokenizer_config.json that no tokenizer is saved with by a run or by prepare.
+_REFUSED = {"auto_map": "code of its own, which is never run here"}
+_REFUSED |= dict.fromkeys(("tokenizer_file", "vocab_file", "merges_file"), "a file elsewhere, which is not opened")
 
 
 def train_tokenizer(texts: Iterable[list[str]], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -46,7 +50,7 @@ def load_tokenizer(wanted: Tokenizer) -> tuple[Any, str | None]:
     name = str(wanted.name)
     commit = None if Path(name).is_dir() else hub_commit("tokenizer.name", name, wanted.revision, "model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit or "main")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit or "main", trust_remote_code=False)
     except Exception as error:  # the Hub client's, the parser's and transformers' own: one remedy for all
         reason = why_not(error, name, "model") or f"{error}; it needs a tokenizer.json"
         raise UserError(f"tokenizer.name = {name!r} cannot be loaded: {reason}") from error
@@ -55,6 +59,31 @@ def load_tokenizer(wanted: Tokenizer) -> tuple[Any, str | None]:
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer.name = {name!r} has no end-of-text token, which joins documents; set its eos_token")
     return tokenizer, commit
+
+
+def open_tokenizer(prepared_dir: str) -> Any:
+    """The tokenizer of a prepared folder, without any code of its own. Raises `UserError` where it cannot be opened.
+
+    The folder may come from somebody else: transformers is never asked to run what it brings, and never asks on the terminal.
+    """
+    folder = Path(prepared_dir) / "tokenizer"
+    remedy = "copy the prepared folder again, or prepare it again with a tokenizer that transformers has"
+    for file in (folder, *folder.rglob("*")):
+        if outside := leaves_folder(file, Path(prepared_dir)):
+            raise UserError(outside)
+        if file.is_file() and file.stat().st_size > MOST_JSON_BYTES:
+            raise UserError(f"{file} is larger than {MOST_JSON_BYTES:,} bytes, which no file of a tokenizer is; {remedy}")
+    for name in ("tokenizer_config.json", "config.json"):
+        config = read_json(folder / name, remedy) if (folder / name).exists() else {}
+        for key in _REFUSED.keys() & config.keys():
+            raise UserError(f"{folder / name}: {key} = {shown(config[key])}: the tokenizer asks for {_REFUSED[key]}; {remedy}")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # transformers' many errors, and a panic of the tokenizers library, which is no Exception
+        reason = " ".join(str(error).split())[:MOST_SHOWN]
+        raise UserError(f"{folder} cannot be opened: {type(error).__name__}: {reason}; {remedy}") from None
 
 
 def tokenizer_hash(folder: Path) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import mmap
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -15,6 +16,8 @@ from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
 from isoflop.data.manifest import Shard
+from isoflop.errors import UserError
+from isoflop.untrusted import MOST_SHOWN
 
 Ids = NDArray[np.unsignedinteger]
 
@@ -22,7 +25,7 @@ SHARD_BYTES = 512 * 2**20  # of ids: few files even for hundreds of billions of 
 _BATCH_BYTES = 16 * 2**20  # of ids in one Arrow record batch: the reader looks batches up by bisection
 
 
-def dtype_for(num_ids: int) -> str:
+def dtype_for(num_ids: int) -> Literal["uint16", "uint32"]:
     """The smallest unsigned type that holds every id: a vocabulary over 65,536 silently wraps in uint16."""
     return "uint16" if num_ids <= 1 << 16 else "uint32"
 
@@ -104,9 +107,7 @@ class Windows:
         """Zero-copy views of Arrow record batches, (windows, sequence_length) each."""
         fits = sum(shard.bytes for shard in shards) < psutil.virtual_memory().total / 2
         for shard in shards:
-            for batch in pa.ipc.open_stream(_mapped(Path(prepared_dir) / shard.name, read_ahead=fits)):
-                ids = batch.column("input_ids").flatten().to_numpy(zero_copy_only=True)
-                self.blocks.append(ids.reshape(-1, sequence_length))
+            self.blocks += _blocks(Path(prepared_dir) / shard.name, shard.windows, sequence_length, read_ahead=fits)
         self._starts = np.cumsum([0] + [len(block) for block in self.blocks])
 
     def __len__(self) -> int:
@@ -119,6 +120,23 @@ class Windows:
         for row, (index, block) in enumerate(zip(indices, blocks, strict=True)):
             taken[row] = self.blocks[block][index - self._starts[block]]
         return taken
+
+
+def _blocks(file: Path, windows: int, sequence_length: int, read_ahead: bool) -> list[Ids]:
+    """The record batches of a shard. Raises `UserError` where it does not hold so many windows."""
+    blocks = []
+    try:
+        for batch in pa.ipc.open_stream(_mapped(file, read_ahead)):
+            batch.validate()
+            ids = batch.column("input_ids").flatten().to_numpy(zero_copy_only=True)
+            blocks.append(ids.reshape(-1, sequence_length))
+        held = sum(map(len, blocks))
+        if held != windows or any(block.dtype.kind != "u" for block in blocks):
+            raise ValueError(f"it holds {held:,} windows of {sequence_length} ids, and its manifest says {windows:,}")
+    except Exception as error:  # Arrow's, of a file that is none of its streams
+        reason = " ".join(str(error).split())[:MOST_SHOWN]
+        raise UserError(f"{file} holds no windows: {reason}; copy it again, or run scripts/prepare.py again") from None
+    return blocks
 
 
 def _mapped(file: Path, read_ahead: bool) -> pa.Buffer:

@@ -177,12 +177,9 @@ def _surveyed(corpus: Corpus, files: dict[PartName, dict[str, str]], shard: tupl
 
 def _require_unchanged(recipe: Recipe, folder: Path) -> Manifest:
     """The manifest of a folder that is there. What came from the Hub stays at the commits it names; the rest is compared."""
-    if not (folder / FILE_NAME).exists():
-        raise UserError(
-            f"data.prepared_dir = {str(folder)!r} exists and is not a prepared folder (no {FILE_NAME}); name another, or empty it"
-        )
     manifest = read_manifest(str(folder))
     changes = differences(manifest.made_from, made_from(recipe))
+    changes += differences({"sources": list(manifest.sources)}, {"sources": list(recipe.data.shares())})
     for name, source in recipe.data.sources().items() if not changes else ():
         if manifest.sources[name].revision is None:
             changes += differences(manifest.sources[name].files, hash_files(local_files(source, "data.source")))

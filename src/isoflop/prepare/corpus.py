@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from isoflop.data.encoding import Engine
 from isoflop.data.manifest import Shard, SplitName, TokenizerFacts
@@ -19,8 +19,11 @@ from isoflop.data.survey import Decided
 from isoflop.data.windows import dtype_for
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe
+from isoflop.recipe_file import explain_errors
+from isoflop.untrusted import MOST_JSON_BYTES, read_text
 
 CORPUS_FILE = "corpus.json"
+MOST_PARTS = 1 << 24  # of a source: the number of a part has 24 bits in the key of the split
 
 
 class PartName(NamedTuple):
@@ -43,11 +46,11 @@ class Facts(BaseModel):
     engine: Engine
     tokenizer: TokenizerFacts
     revisions: dict[str, str | None]
-    num_parts: dict[str, int]
+    num_parts: dict[str, Annotated[int, Field(ge=0, le=MOST_PARTS)]]
     """By source."""
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Literal["uint16", "uint32"]:
         """Type of the stored ids."""
         return dtype_for(self.tokenizer.num_ids)
 
@@ -119,7 +122,7 @@ class Corpus:
         decided = Decided.open(self.decided_file(part)).digest() if self.needs_survey else None
         fresh = Record(corpus=self.facts.digest(), files=files, decided=decided)
         try:
-            found = Record.model_validate_json(self.record_file(part).read_bytes())
+            found = read_document(self.record_file(part), Record)
         except FileNotFoundError:
             return fresh
         same = (found.corpus, found.files, found.decided) == (fresh.corpus, fresh.files, fresh.decided)
@@ -166,4 +169,16 @@ def read_facts(folder: Path) -> Facts:
         raise UserError(
             f"{folder} holds no parts ({CORPUS_FILE} is missing): prepare them first, or copy the machines' folders here"
         )
-    return Facts.model_validate_json(file.read_bytes())
+    return read_document(file, Facts)
+
+
+Document = TypeVar("Document", bound=BaseModel)
+
+
+def read_document(file: Path, kind: type[Document]) -> Document:
+    """A file that `prepare` wrote into a folder of parts. Raises `UserError` where it is damaged."""
+    remedy = "delete it, and the same command writes it again"
+    try:
+        return kind.model_validate_json(read_text(file, MOST_JSON_BYTES, remedy))
+    except ValidationError as error:
+        raise UserError(f"{file}: {explain_errors(error, kind)}; {remedy}") from None

@@ -14,7 +14,7 @@ from isoflop.data.manifest import FILE_NAME, SPLITS, Manifest, Overlap, Prepared
 from isoflop.data.windows import ShardWriter, Windows
 from isoflop.disk import write_aside
 from isoflop.errors import UserError
-from isoflop.prepare.corpus import CORPUS_FILE, Facts, PartName, Record
+from isoflop.prepare.corpus import CORPUS_FILE, Facts, PartName, Record, read_document
 from isoflop.prepare.part import LOOKUP_FILE
 from isoflop.recipe import Recipe
 
@@ -55,7 +55,7 @@ def _read_records(facts: Facts, folder: Path) -> dict[PartName, Record]:
     records, missing = {}, []
     for part in facts.parts():
         file = folder / f"{part}.json"
-        record = Record.model_validate_json(file.read_bytes()) if file.exists() else None
+        record = read_document(file, Record) if file.exists() else None
         if record is None or not record.done or record.corpus != facts.digest():
             missing.append(str(part))
         else:

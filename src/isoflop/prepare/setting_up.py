@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import pyarrow as pa
 from tokenizers import Tokenizer as FastTokenizer
@@ -18,11 +18,12 @@ from isoflop.data.manifest import TokenizerFacts, made_from
 from isoflop.data.sources import Opened, open_source
 from isoflop.data.tokenizers import load_tokenizer, tokenizer_hash, train_tokenizer
 from isoflop.disk import write_aside
-from isoflop.prepare.corpus import CORPUS_FILE, Corpus, Facts, PartName, in_validation, num_parts, table_of
+from isoflop.prepare.corpus import CORPUS_FILE, Corpus, Facts, PartName, in_validation, num_parts, read_document, table_of
 from isoflop.prepare.part import LOOKUP_FILE
 from isoflop.prepare.workers import default_workers
 from isoflop.recipe import Recipe
 from isoflop.recipe_data import Filter
+from isoflop.untrusted import read_json
 
 # A tokenizer is trained on so much text at most: its counts of words grow with the text (some 1 GB of memory here), while its
 # merges settle on far less.
@@ -71,7 +72,7 @@ def _key(recipe: Recipe, name: str) -> str:
 
 def _facts_before(recipe: Recipe, folder: Path) -> Facts | None:
     file = folder / CORPUS_FILE
-    facts = Facts.model_validate_json(file.read_bytes()) if file.exists() else None
+    facts = read_document(file, Facts) if file.exists() else None
     if facts and facts.made_from != made_from(recipe):
         print(f"prepare: the parts in {folder} were made by other values and are made anew", flush=True)
         return None
@@ -133,8 +134,8 @@ def _digest(batches: Iterator[list[str]]) -> str:
 def _settle_engine(recipe: Recipe, opened: dict[str, Opened], folder: Path, tokenizer: TokenizerFacts) -> Engine:
     """gigatoken where it gives the tokenizer's ids; once it did not, never again for this folder."""
     file = folder / ENGINE_FILE
-    settled: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if settled.get("tokenizer") == tokenizer.sha256:
+    settled = read_json(file, "delete it, and the same command writes it again") if file.exists() else {}
+    if settled.get("tokenizer") == tokenizer.sha256 and settled.get("engine") in get_args(Engine):
         engine: Engine = settled["engine"]
         return engine
     first: list[str] = []

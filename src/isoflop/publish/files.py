@@ -17,6 +17,7 @@ from isoflop.recipe_file import to_yaml
 from isoflop.records import Row, read_rows
 from isoflop.run_folder import RunFolder
 from isoflop.scores import RESULTS
+from isoflop.untrusted import read_json
 
 Files = dict[str, Path | bytes]
 """Content by path in the repository: a file of this machine, or bytes."""
@@ -43,7 +44,7 @@ def run_files(folder: RunFolder, recipe: Recipe) -> Files:
         if path.is_file():
             files[path.name] = path
     for path in sorted(folder.evaluations.glob(f"*/{RESULTS}")):
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path, "move it away, or run scripts/run_eval.py again")
         files[path.relative_to(folder.path).as_posix()] = _json(published_results(results, folder.path))
     if has_tensorboard():
         files[EVENTS] = event_file(read_metrics(folder), start_time(folder))
@@ -57,7 +58,17 @@ def model_files(model: Path) -> Files:
 
 def read_environment(folder: RunFolder) -> dict[str, Any]:
     """What a run wrote about its launches, the newest one at the top."""
-    environment: dict[str, Any] = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+    file, remedy = folder.path / "environment.json", "move it away, and start the run again: it is written at every launch"
+    environment = read_json(file, remedy)
+    for launch in [*environment.get("earlier_launches", []), environment]:
+        try:
+            datetime.fromisoformat(launch["started_at"])
+            described = [launch["versions"], launch["hardware"], launch["launch"]]
+            damaged = not all(isinstance(part, dict) for part in described) or not isinstance(launch["command"], list)
+        except (KeyError, TypeError, ValueError):
+            damaged = True
+        if damaged:
+            raise UserError(f"{file} is not as a run writes it; {remedy}")
     return environment
 
 

@@ -21,7 +21,8 @@ from isoflop import cost
 from isoflop.errors import UserError, nearest
 from isoflop.recipe import Model
 from isoflop.recipe_data import Section
-from isoflop.recipe_file import parse_yaml
+from isoflop.recipe_file import MOST_EXPLAINED, MOST_YAML_BYTES, parse_yaml
+from isoflop.untrusted import read_text
 
 PUBLISHED = ("hoffmann", "hoffmann-rounded", "besiroglu", "kaplan")
 DEFAULT_LAW = "hoffmann"
@@ -203,17 +204,18 @@ def load_law(name_or_path: str) -> Law:
     published = name_or_path in PUBLISHED
     path: Any = files(__package__) / "published" / f"{name_or_path}.yaml" if published else Path(name_or_path)
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(read_text(path, MOST_YAML_BYTES, "give a law that scripts/fit.py wrote"))
         if not isinstance(tree, dict) or "form" not in tree:
             raise UserError(f"law {name_or_path}: not a law: a YAML mapping of form, coefficients, counts, source")
         return Law.model_validate(tree | {"name": name_or_path})
-    except OSError:
+    except FileNotFoundError:
         hint = nearest(name_or_path, list(PUBLISHED))
         raise UserError(f"law {name_or_path}: neither a published law nor a file that can be read{hint}") from None
-    except (UnicodeDecodeError, yaml.YAMLError):
+    except yaml.YAMLError:
         raise UserError(f"law {name_or_path}: not YAML; a law is a mapping of form, coefficients, counts, source") from None
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())
+        errors = error.errors()[:MOST_EXPLAINED]
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in errors)
         raise UserError(f"law {name_or_path}: {faults.removeprefix(': ')}") from None
 
 

@@ -13,10 +13,12 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic import model_validator as checked_by
 
+from isoflop.credentials import REMEDY, find_in_tree
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe
 from isoflop.recipe_data import Section, require_one_of
-from isoflop.recipe_file import explain, load_recipe, parse_yaml
+from isoflop.recipe_file import MOST_YAML_BYTES, explain_errors, load_recipe, parse_yaml
+from isoflop.untrusted import read_text
 
 Positives = Annotated[list[PositiveFloat], Field(min_length=1)]
 
@@ -74,6 +76,13 @@ class Suite(Section):
     output_dir: str
     """Holds a folder for each run, and the law."""
 
+    @checked_by(mode="before")
+    @classmethod
+    def _hold_no_credential(cls, given: Any) -> Any:
+        if found := find_in_tree(given):
+            raise UserError(f"{found}; {REMEDY}")  # pydantic's own error would show the value
+        return given
+
     @checked_by(mode="after")
     def _one_design(self) -> Self:
         require_one_of(self, "budgets", "tokens_per_parameter")
@@ -99,9 +108,9 @@ class Suite(Section):
 def load_suite(path: str | Path) -> Suite:
     """Read a sweep's file. Raises `UserError` for a missing file, broken YAML, an unknown key, a wrong value."""
     try:
-        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"sweep {path} cannot be read ({error}); give a YAML file of recipes/sweeps/") from None
+        tree = parse_yaml(read_text(Path(path), MOST_YAML_BYTES, "give a YAML file of recipes/sweeps/"))
+    except FileNotFoundError:
+        raise UserError(f"sweep {path} does not exist; give a YAML file of recipes/sweeps/") from None
     except yaml.YAMLError as error:
         raise UserError(f"sweep {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -109,4 +118,4 @@ def load_suite(path: str | Path) -> Suite:
     try:
         return Suite.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"sweep {path}: " + "; ".join(explain(e, Suite) for e in error.errors())) from None
+        raise UserError(f"sweep {path}: {explain_errors(error, Suite)}") from None
