@@ -4,6 +4,7 @@ The environment of an engine is taken from its file of accelerate_configs/ by ac
 launch is that no torchrun agent watches; the tests that need one use `conftest.launch`.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -66,6 +67,10 @@ class Ranks:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
+
+    def preload(self, module):
+        """Import what many runs need once, in the server."""
+        self.ask({"import": module})
 
     def start(self, config, *arguments, processes=None, fp32=True, code=None, env=None, **flags):
         """Start `scripts/pretrain.py *arguments` under a launch config; `code` is run before it in every rank."""
@@ -175,7 +180,10 @@ def _serve():
     os.dup2(2, 1)  # what libraries print is no answer
     for line in sys.stdin:
         request = json.loads(line)
-        answer = _wait(request["wait"], request["timeout"]) if "wait" in request else _fork(request)
+        if "import" in request:
+            answer = bool(importlib.import_module(request["import"]))
+        else:
+            answer = _wait(request["wait"], request["timeout"]) if "wait" in request else _fork(request)
         answers.write(json.dumps(answer) + "\n")
 
 

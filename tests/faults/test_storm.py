@@ -1,11 +1,12 @@
 """A storm: the whole job is killed at moments drawn over its whole life, with everything on, under every engine.
 
-Half of the moments are drawn in time, the other half at the entry of each part of the program. The same command goes on every
-time, and at the end nothing tells the run from an undisturbed one.
+Half of the moments are drawn in time, the other half at the entry of each part of the program, or a moment after it. The same
+command resumes every time from the newest complete checkpoint, and at the end nothing tells the run from an undisturbed one.
 """
 
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -13,13 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import curve_of, weights_of
+from conftest import curve_of, metrics_of, weights_of
 from test_anomalies import BAD_BATCH
 
 from isoflop.checkpoint import folder as checkpoints
 from isoflop.checkpoint.state import TensorReader, read
 from isoflop.recipe_file import load_recipe
-from isoflop.stop import EXIT_RESUME
 
 # Samples fall on steps without validation, and the other way round; saves on both kinds, and on neither.
 EVERYTHING = {
@@ -33,71 +33,76 @@ ENGINES = {
     "cpu": {}, "2gpu_ddp": {}, "2gpu_fsdp2": {}, "8gpu_hsdp": TWO_BY_TWO,
     "2gpu_zero1": {"output__layer_norms": False},
 }  # fmt: skip
-# Every part of the program that a run passes through, and how often.
-PARTS = [
-    "isoflop.pretrain.load_checkpoint", "isoflop.pretrain.start", "isoflop.pretrain.warm_up", "isoflop.pretrain.train_step",
-    "isoflop.pretrain.sum_gradients", "isoflop.pretrain.update", "isoflop.pretrain.save_checkpoint", "isoflop.pretrain.measure",
-    "isoflop.pretrain.validate", "isoflop.pretrain.run_downstream", "isoflop.pretrain.write_samples",
-    "isoflop.pretrain.draw_curve", "isoflop.pretrain.roll_back", "isoflop.pretrain.finish", "isoflop.metrics.MetricsLog.write",
-    "isoflop.metrics.MetricsLog.write_samples", "isoflop.checkpoint.saver.Saver._write", "isoflop.checkpoint.saver.seal",
-    "isoflop.checkpoint.folder.prune", "isoflop.checkpoint.folder.replace_folder", "isoflop.outcome.export_checkpoint",
-    "isoflop.run_folder.replace_folder", "isoflop.run_folder.write_aside",
+# Every part of the program that a run passes through once, and many times.
+ONCE = [
+    "isoflop.pretrain.load_checkpoint", "isoflop.pretrain.start", "isoflop.pretrain.warm_up", "isoflop.pretrain.roll_back",
+    "isoflop.pretrain.finish", "isoflop.outcome.export_checkpoint", "isoflop.run_folder.replace_folder",
 ]  # fmt: skip
-# A thread of the main process sends itself away some time after the n-th entry into (or return from) a part; the others follow.
+OFTEN = [
+    "isoflop.pretrain.train_step", "isoflop.pretrain.sum_gradients", "isoflop.pretrain.update",
+    "isoflop.pretrain.save_checkpoint", "isoflop.checkpoint.saver.Saver._write", "isoflop.checkpoint.saver.seal",
+    "isoflop.checkpoint.folder.replace_folder", "isoflop.checkpoint.folder.prune", "isoflop.pretrain.measure",
+    "isoflop.pretrain.validate", "isoflop.pretrain.run_downstream", "isoflop.pretrain.write_samples",
+    "isoflop.metrics.MetricsLog.write_samples", "isoflop.metrics.MetricsLog.write", "isoflop.pretrain.draw_curve",
+    "isoflop.run_folder.write_aside",
+]  # fmt: skip
+BETWEEN_SAVE_AND_ROW = "isoflop.pretrain.measure"
+# All ranks are killed some time after rank 0's n-th entry into (or return from) a part; `settled`: once the checkpoint in flight
+# is complete. Stopped first, and from outside, so that none sees another gone.
 KILL = """
-import importlib, os, signal, threading
+import contextlib, importlib, os, psutil, signal, threading, time
+def kill_job():
+    ranks = [rank.pid for rank in psutil.Process(os.getppid()).children()]
+    if os.fork() == 0:
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        os._exit(0)
+    time.sleep(60)
 if os.environ.get("RANK", "0") == "0":
-    path = {part!r}.split(".")
-    depth = next(n for n in range(len(path) - 1, 0, -1) if path[n - 1].islower())
-    while True:
-        try:
-            owner = importlib.import_module(".".join(path[:depth]))
-            break
-        except ModuleNotFoundError:
-            depth -= 1
-    for name in path[depth:-1]:
-        owner = getattr(owner, name)
-    function, calls = getattr(owner, path[-1]), []
+    module, name = {part!r}.rsplit(".", 1)
+    if module.rsplit(".", 1)[1][0].isupper():
+        module, outer = module.rsplit(".", 1)
+        owner = getattr(importlib.import_module(module), outer)
+    else:
+        owner = importlib.import_module(module)
+    function, calls = getattr(owner, name), []
     def fatal(*given, **named):
         calls.append(1)
-        due = len(calls) == {call}
-        if due and not {after}:
-            threading.Timer({delay}, os.kill, (os.getpid(), signal.SIGKILL)).start() if {delay} else os.kill(os.getpid(), 9)
-        result = function(*given, **named)
-        if due and {after}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    setattr(owner, path[-1], fatal)
+        if len(calls) != {call}:
+            return function(*given, **named)
+        if {settled}:
+            given[0].saver.wait()
+        elif {after}:
+            function(*given, **named)
+        elif {delay}:
+            threading.Timer({delay}, kill_job).start()
+            return function(*given, **named)
+        kill_job()
+    setattr(owner, name, fatal)
 """
 # Until the run has come to its end a poisoned batch is in its way: skipped, or rolled back from.
 POISON = BAD_BATCH.format(batch=8, factor="float('nan')")
 
 
-def start_of(config, file, policy, code):
-    """Arguments of one launch."""
-    settings = {key: value for key, value in ENGINES[config].items() if "__" not in key}
-    return {"arguments": (config, file, f"anomalies.policy={policy}"), "settings": settings | {"code": POISON + code}}
-
-
 def launch(ranks, config, file, policy, code=""):
-    what = start_of(config, file, policy, code)
-    return ranks.start(*what["arguments"], **what["settings"])
+    settings = {key: value for key, value in ENGINES[config].items() if "__" not in key}
+    return ranks.start(config, file, f"anomalies.policy={policy}", code=POISON + code, **settings)
 
 
-def end_of(recipe, config):
-    """All that a run leaves that must be the same: rows, scores and samples, weights, the tensors of the last checkpoint."""
+def end_of(recipe):
+    """All that a run leaves that must be the same: rows with norms and scores, samples, weights, tensors, names of files."""
     folder = Path(recipe.output.run_dir)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = {"elapsed_s", "tokens_per_s", "mfu", "peak_memory_bytes"}
-    last = checkpoints.list_checkpoints(folder / "checkpoints")
+    last = checkpoints.list_checkpoints(folder / "checkpoints")[-1]
     return {
-        "rows": [{key: value for key, value in row.items() if key not in timed} for row in rows],
+        "curve": curve_of(recipe),
+        "rows": [{key: value for key, value in row.items() if key not in timed} for row in metrics_of(recipe)],
         "samples": (folder / "samples.jsonl").read_text(),
         "weights": weights_of(recipe),
-        "tensors": tensors_of(last[-1]),
-        "checkpoints": [path.name for path in last],
-        "left over": [path.name for path in folder.rglob("*.partial*")],
-        "curve": curve_of(recipe),
+        "tensors": tensors_of(last),
+        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
     }
 
 
@@ -109,45 +114,56 @@ def tensors_of(path):
     return {name: tensor.numpy().tobytes() for name, tensor in sorted(tensors.items())}
 
 
-def moments(dice, life_s, kills):
-    """What kills a launch: seconds after its start, or code that does so in some part."""
-    for number in range(kills):
-        if number % 2:
-            yield dice.uniform(0.3, life_s)
-        else:
-            after, part = dice.random() < 0.3, PARTS[(number // 2 * 7 + dice.randint(0, 1)) % len(PARTS)]
-            yield KILL.format(part=part, call=dice.randint(1, 4), after=after, delay=dice.choice([0, 0, 0.01, 0.05]))
+def moments(dice, life_s):
+    """What kills a launch, without end: seconds after its start, or code that does so in some part."""
+    parts = []
+    while True:
+        yield dice.uniform(0.2, life_s)
+        parts = parts or dice.sample([*ONCE, *OFTEN, *[None] * 3], len(ONCE) + len(OFTEN) + 3)  # each once, then anew
+        part = parts.pop()
+        delay = dice.choice([0, 0, dice.uniform(0, 0.05)])
+        yield KILL.format(
+            part=part or BETWEEN_SAVE_AND_ROW, call=1 if part in ONCE else dice.randint(1, 4), settled=part is None,
+            after=dice.random() < 0.3, delay=delay,
+        )  # fmt: skip
 
 
 def storm(ranks, write_recipe, config, policy, kills, seed):
-    """Kill a run so often, starting over in a new folder where it came to its end; returns what was compared."""
+    """Kill a run so often, starting over in a new folder where it came to its end, and compare every end."""
     changes = EVERYTHING | {key: value for key, value in ENGINES[config].items() if "__" in key}
     whole, file = write_recipe("whole", **changes), write_recipe("killed", **changes)
+    ranks.preload("isoflop.harness")
     began = time.monotonic()
     launch(ranks, config, whole, policy).succeed()
     life_s = time.monotonic() - began
-    expected, recipe = end_of(load_recipe(whole), config), load_recipe(file)
-    done, ends, dice = 0, 0, random.Random(seed)
-    queue = list(moments(dice, life_s, 3 * kills))
+    expected, recipe = end_of(load_recipe(whole)), load_recipe(file)
+    assert [json.loads(line)["step"] for line in expected["samples"].splitlines()] == [4, 8, 12, 14]
+    assert [row[0] for row in expected["curve"]] == list(range(1, 15))
+    folder, queue, done = Path(recipe.output.run_dir), moments(random.Random(seed), life_s), 0
     while done < kills:
-        moment = queue.pop(0)
+        newest, moment = newest_whole(folder), next(queue)
         launched = launch(ranks, config, file, policy, moment if isinstance(moment, str) else "")
         if not isinstance(moment, str):
             time.sleep(moment)
-            for rank in range(len(launched.pids)):
-                launched.kill(rank)
-        codes = launched.wait()
-        # Of a job of several ranks the others notice within a micro-batch, and leave.
-        assert set(codes) <= {0, -signal.SIGKILL, EXIT_RESUME}, launched.text()
-        assert "Traceback" not in launched.text(), launched.text()
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for rank in range(len(launched.pids)):
+                    launched.kill(rank, number)
+        codes, said = set(launched.wait()), launched.text()
+        assert codes <= {0, -signal.SIGKILL}, said
         done += -signal.SIGKILL in codes
-        if set(codes) == {0}:
-            ends += 1
-            require_same(end_of(recipe, config), expected)
-            shutil.rmtree(recipe.output.run_dir)
+        resumed = re.search(r"resuming from \S*/(step-\d+)", said.split("back to the newest checkpoint")[0])
+        # Killed before it said so, or just there.
+        assert (resumed and resumed[1]) in ((newest,) if codes == {0} else (newest, None)), said
+        if (folder / "summary.json").exists():
+            require_same(end_of(recipe), expected)
+            shutil.rmtree(folder)
     launch(ranks, config, file, policy).succeed()
-    require_same(end_of(recipe, config), expected)
-    return ends + 1
+    require_same(end_of(recipe), expected)
+
+
+def newest_whole(folder):
+    whole = [path for path in checkpoints.list_checkpoints(folder / "checkpoints") if not checkpoints.find_faults(path)]
+    return whole[-1].name if whole else None
 
 
 def require_same(found, expected):
@@ -166,12 +182,10 @@ def require_same(found, expected):
     ],
 )
 def test_a_storm(config, policy, kills, write_recipe, ranks, tried, request):
-    seed = sum(map(ord, request.node.name))
-    ends = storm(ranks, write_recipe, config, policy, kills, seed)
+    storm(ranks, write_recipe, config, policy, kills, seed=sum(map(ord, request.node.name)))
     engine = {"cpu": "one process", "8gpu_hsdp": "HSDP, 2 x 2"}.get(config, f"`{config}`")
-    proof = "rows, scores, samples, weights, every tensor of the last checkpoint: differences: 0"
+    proof = "rows, scores, samples, weights, files, every tensor of the last checkpoint: differences: 0"
     tried(f"`kill -9` over the whole life of a run with everything on, {engine}", kills, proof)
-    assert ends >= 1
 
 
 @pytest.mark.distributed
