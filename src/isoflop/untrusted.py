@@ -13,22 +13,28 @@ MOST_JSON_BYTES = 256 * 2**20
 MOST_SHOWN = 200  # characters of a value in a message
 
 
-def read_text(file: Path, most_bytes: int, remedy: str) -> str:
-    """Text of a file of bounded size. Raises `UserError` where it cannot be read; `FileNotFoundError` is the caller's."""
+def read_bytes(file: Path, most_bytes: int, remedy: str) -> bytes:
+    """A file of bounded size. Raises `UserError` where it cannot be read; `FileNotFoundError` is the caller's."""
     try:
         with file.open("rb") as stream:
             content = stream.read(most_bytes + 1)
-        if len(content) > most_bytes:
-            raise UserError(f"{file} is larger than {most_bytes:,} bytes, which no such file is; {remedy}")
-        return content.decode("utf-8")
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}; {remedy}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: byte {error.start} is not UTF-8 text; {remedy}") from None
     except ValueError as error:  # of a path with a NUL character
         raise UserError(f"{shown(str(file))} cannot be read: {error}; {remedy}") from None
+    if len(content) > most_bytes:
+        raise UserError(f"{file} is larger than {most_bytes:,} bytes, which no such file is; {remedy}")
+    return content
+
+
+def read_text(file: Path, most_bytes: int, remedy: str) -> str:
+    """UTF-8 text of a file of bounded size. Raises `UserError` and `FileNotFoundError` as `read_bytes` does."""
+    try:
+        return read_bytes(file, most_bytes, remedy).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: byte {error.start} is not UTF-8 text; {remedy}") from None
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:

@@ -26,10 +26,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.fsdp import FSDPModule
 
 from isoflop.errors import UserError
-from isoflop.untrusted import leaves_folder, shown
+from isoflop.untrusted import leaves_folder, read_bytes, shown
 
 Tensors = dict[str, Tensor]
 
+MOST_METADATA_BYTES = 256 * 2**20  # some 100 bytes a tensor and rank: of 1,000 tensors on 1,000 ranks half of it
 # Full fp32 tensors that a ZeRO rank holds on the host at once while it loads.
 LOAD_BYTES = 2 * 2**30
 
@@ -81,12 +82,15 @@ def read(path: Path, tensors: Tensors) -> None:
     """
     reader = TensorReader(path)
     try:
-        reader.read_metadata()  # DCP does so again, but would wrap the refusal
+        described = reader.read_metadata().state_dict_metadata  # DCP asks for it too, but would wrap the refusal
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}/.metadata: {error}; this is no checkpoint of isoflop: use another one, and find out who wrote it"
         ) from None
     try:
+        for name, tensor in tensors.items():
+            if name in described and (dtype := described[name].properties.dtype) != tensor.dtype:
+                raise ValueError(f"{name} is of {dtype}, and the run's of {tensor.dtype}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             load_sharded(dict(tensors), storage_reader=reader, no_dist=True)
@@ -176,11 +180,24 @@ class TensorReader(FileSystemReader):
     description of such a thing is let through.
     """
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._contents: dcp_metadata.Metadata | None = None
+        """Read once: DCP asks for it again."""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
         """The checkpoint's table of contents. Raises `pickle.UnpicklingError` for anything that is not one, or is more."""
+        if self._contents is None:
+            self._contents = self._read_contents()
+        self._contents.storage_meta = self._contents.storage_meta or dcp_metadata.StorageMeta()
+        self._contents.storage_meta.load_id = self.load_id
+        return self._contents
+
+    def _read_contents(self) -> dcp_metadata.Metadata:
         folder = Path(self.path)
         try:
-            metadata: dcp_metadata.Metadata = _Descriptions(io.BytesIO((folder / ".metadata").read_bytes())).load()
+            content = read_bytes(folder / ".metadata", MOST_METADATA_BYTES, "use another checkpoint")
+            metadata: dcp_metadata.Metadata = _Descriptions(io.BytesIO(content)).load()
             places = metadata.storage_data.values()
             for name in {place.relative_path for place in places}:
                 if Path(name).name != name:
@@ -189,8 +206,8 @@ class TensorReader(FileSystemReader):
                     raise pickle.UnpicklingError(outside)
             if any(place.transform_descriptors or place.offset < 0 or place.length < 0 for place in places):
                 raise pickle.UnpicklingError("it describes tensors as no checkpoint of isoflop has them")
-            metadata.storage_meta = metadata.storage_meta or dcp_metadata.StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
+            if not isinstance(metadata.storage_meta, dcp_metadata.StorageMeta | None):
+                raise pickle.UnpicklingError("its storage_meta is none")
         except pickle.UnpicklingError:
             raise
         except Exception as error:  # a pickle that is cut short or made by hand may raise anything
