@@ -1,10 +1,12 @@
-"""Regenerates docs/reliability.md: python docs/reliability.py (from the checkout's root; some ten minutes on two cores).
+"""Regenerates docs/reliability.md and its figure: python docs/reliability.py (from the checkout's root; an hour on two cores).
 
-Runs the tests that really do each fault, the slow ones too, and counts what they noted.
+Runs the tests that really do each fault, the slow ones too, and counts what they noted. The soak is not run: its section is made
+from benchmarks/results/soak.json, where there is one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -14,30 +16,39 @@ import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
 
 HERE = Path(__file__).parent
+SOAK = HERE.parent / "benchmarks/results/soak.json"
+COLORS = {"SIGTERM": "#d1495b", "SIGSTOP": "#8a8a8a", "full disk": "#d1a14b", "dead tracker": "#2e8b57", "dead Hub": "#7a4ea3"}
 TESTS = ["tests/faults", "tests/checkpoint", "tests/prepare/test_parts.py"]
 HEAD = """# Reliability
 
 Made by `python docs/reliability.py`, which really does each of these faults, to real processes and real files, and counts.
 
-A run is stopped by anything and the same command goes on. Batches follow from (seed, step), the learning rate from the step,
-dropout from (seed, step, rank); a checkpoint holds tensors by parameter name and a few numbers, is written aside,
-checksummed, synced and renamed, and is the same for one process, DDP, DeepSpeed ZeRO-1 and FSDP2.
+A run may be stopped by anything; the same command resumes it. Batches follow from (seed, step), the learning rate from the step,
+dropout from (seed, step, rank). A checkpoint holds tensors by parameter name and a few numbers. It is written under a temporary
+name, checksummed, synced and renamed, and is the same for one process, DDP, DeepSpeed ZeRO-1 and FSDP2.
 
 """
 NOTES = """
-## What is behind it
+## How it works
 
 - **Saving** copies each rank's own part to the host and writes it in a thread with a process group of its own; one save at
   most is in flight. A save that finds the disk full is reported at once and tried again at the next one; the last one of a
   run must succeed.
-- **Signals** (SIGTERM, SIGINT, SIGUSR1) to any rank are agreed on between micro-batches; all ranks drop the unfinished step,
-  save, and leave with exit code 75. A thread ends a process that does not come back from a library in time: 2 s before
-  torchrun would kill it (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT`, 30 s where not set), 600 s without a launcher.
+- **Signals** (SIGTERM, SIGINT, SIGHUP, SIGUSR1) to any rank are agreed on between micro-batches; all ranks drop the unfinished
+  step, save, and exit with code 75. A thread ends a process that does not return from a library in time: 2 s before torchrun
+  would kill it (`TORCH_ELASTIC_SHUTDOWN_TIMEOUT`, default: 30 s), 600 s without a launcher.
 - **A rank that is gone** closes its connection; the others ask for stop requests over gloo before every micro-batch, so they
-  notice within one, say so, and leave with exit code 75. On GPUs a collective of nccl's may have to be given up first: on one
+  notice within one, report it, and exit with code 75. On GPUs a collective of NCCL may have to be given up first: on one
   node the launcher does, within 30 s; a node that falls silent without closing its connections is given up after ten minutes.
+- **Rows and samples** are written step by step; the row of a checkpoint's own step is in the checkpoint. Samples are written
+  before their step's row, and once. A file that somebody deletes, replaces or damages meanwhile is written again from what was in
+  it; rows that are lost are a gap, which is reported and drawn. While the disk is full they wait in memory.
+- **Output** that cannot be written (a closed pipe, a terminal that is gone, a full disk under the log) ends no run.
 - **Retention** keeps the newest `output.keep_last`, the multiples of `output.keep_every`, the one with the least validation
   loss, and whatever another process holds open to read or push.
 - **Anomalies**: `anomalies.policy` in the recipe is `stop`, `skip` (the update is left out) or `rollback` (to the newest
@@ -47,7 +58,7 @@ NOTES = """
   descriptions of tensors alone; `trust_remote_code` is set nowhere; names in manifests and checksums are names of files in
   their own folder.
 
-Not tried here: anything on a GPU (nccl, CUDA copies), and a power cut (files and folders are synced before a checkpoint gets
+Not tried here: anything on a GPU (NCCL, CUDA copies), and a power cut (files and folders are synced before a checkpoint gets
 its name).
 """
 
@@ -81,13 +92,67 @@ def page(report: Path) -> str:
         f"{HEAD}{sum(times.values())} faults of {len(times)} kinds; what was lost: **{', '.join(lost) or 'nothing'}**. {passed}"
         f" tests passed, {len(outcomes['skipped'])} skipped, {len(lost)} failed (Python {platform.python_version()}, {versions};"
         f" gloo on {os.cpu_count()} CPU cores).\n\n| fault | times | what showed that nothing was lost |\n| --- | --- | --- |\n"
-        f"{rows}{NOTES}"
+        f"{rows}{soak_section(SOAK)}{NOTES}"
     )
 
 
+def soak_section(file: Path) -> str:
+    """The section of a soak, from its results, with its figure drawn beside this file; nothing where there are none."""
+    if not file.exists():
+        return ""
+    result = json.loads(file.read_text(encoding="utf-8"))
+    draw_soak(result, HERE / "reliability_soak.png")
+    judged = [one for one in result["growth"] if one["judged"]]
+    faults = ", ".join(f"{count} x {kind}" for kind, count in result["faults"].items())
+    codes = ", ".join(f"{count} x {code}" for code, count in result["exit_codes"].items())
+    slopes = [result["rss_mb_per_hour"], result["uss_mb_per_hour"]]
+    memory = "no launch was long enough" if None in slopes else "{:+.1f} MB an hour (private: {:+.1f})".format(*slopes)
+    constant = {key: max((one[key] for one in judged), default=0) for key in ("open_files", "threads", "children")}
+    rows = [
+        ("verdict", result["verdict"]),
+        ("launches, by exit code", f"{len(result['launches'])}: {codes}"),
+        ("checkpoints seen on the disk; tagged on the Hub", f"{result['checkpoints_seen']:,}; {result['checkpoints_pushed']}"),
+        ("faults", f"{sum(result['faults'].values())}: {faults}"),
+        ("differences from an undisturbed run: rows, samples, weights, files left over", str(len(result["differences"]))),
+        (f"resident memory, over {sum(one['minutes'] for one in judged):.0f} min of {len(judged)} launches", memory),
+        ("most growth of a launch: open files, threads, child processes", ", ".join(f"{n:+}" for n in constant.values())),
+    ]
+    return (
+        "\n## A week, compressed\n\n"
+        f"`python benchmarks/soak.py --minutes {result['minutes']:g}`: one run of {result['steps']:,} steps of a tiny model in"
+        f" {result['lasted_s'] / 60:.0f} minutes on {result['machine']} (torch {result['versions']['torch']}), with everything on"
+        " and a checkpoint every other step. Faults come at random moments. Growth is measured behind a launch's first minutes,"
+        " in launches long enough to show it: a Theil-Sen slope, weighted by minutes.\n\n| what | seen |\n| --- | --- |\n"
+        + "".join(f"| {what} | {seen} |\n" for what, seen in rows)
+        + "\n![memory, open files and threads over time](reliability_soak.png)\n"
+    )
+
+
+def draw_soak(result: dict[str, Any], file: Path) -> None:
+    """Resident memory, open files and threads over minutes; each fault is a line."""
+    figure = matplotlib.figure.Figure(figsize=(9, 7), layout="constrained")
+    panels = figure.subplots(3, sharex=True, gridspec_kw={"height_ratios": [2, 1, 1]})
+    kinds = {"resident memory (MB)": ("rss_bytes", 1e-6), "open files": ("open_files", 1), "threads": ("threads", 1)}
+    for axes, (name, (key, unit)) in zip(panels, kinds.items(), strict=True):
+        for launch in range(len(result["launches"])):
+            own = [sample for sample in result["samples"] if sample["launch"] == launch]
+            axes.plot([one["s"] / 60 for one in own], [one[key] * unit for one in own], color="#1f4e8c", linewidth=1.2)
+        for fault in result["fault_list"]:
+            axes.axvline(fault["s"] / 60, color=COLORS[fault["kind"]], linewidth=0.8, alpha=0.7)
+        axes.set(ylabel=name)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    for kind, count in result["faults"].items():
+        panels[0].plot([], [], color=COLORS[kind], label=f"{kind} ({count})")
+    figure.legend(loc="outside lower center", ncols=len(COLORS), fontsize="small")
+    panels[0].set(title=f"{result['steps']:,} steps, {len(result['launches'])} launches: {result['verdict']}")
+    panels[-1].set(xlabel="minutes")
+    figure.savefig(file, dpi=110)
+
+
 def order(fault: str) -> tuple[int, str]:
-    """Kills first, then signals, then the rest by name."""
-    first = ("`kill", "SIG", "a checkpoint of")
+    """Kills of whole jobs first, then other kills, then signals, then checkpoints across engines, then the rest by name."""
+    first = ("`kill -9` of a whole job", "`kill", "SIG", "a checkpoint of")
     return next((place for place, start in enumerate(first) if fault.startswith(start)), len(first)), fault
 
 

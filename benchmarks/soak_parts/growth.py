@@ -93,9 +93,13 @@ def table(result: dict[str, Any]) -> str:
     faults = ", ".join(f"{count} x {kind}" for kind, count in result["faults"].items())
     codes = ", ".join(f"{count} x {code}" for code, count in result["exit_codes"].items())
     growth = "\n".join(
-        f"{one['launch']:>6} {one['minutes']:>8} {one['steps']:>8,} {one['rss_mb']:>8} {one['rss_mb_per_hour']:>+10}"
-        f" {one['uss_mb_per_hour']:>+10} {one['open_files']:>+6} {one['threads']:>+8} {one['children']:>+9}"
-        + ("" if one["judged"] else "  (too short to judge)")
+        f"{one['launch']:>6} {one['minutes']:>8} {one['steps']:>8,} {one['rss_mb']:>8}"
+        + (
+            f" {one['rss_mb_per_hour']:>+10} {one['uss_mb_per_hour']:>+10} {one['open_files']:>+6} {one['threads']:>+8}"
+            f" {one['children']:>+9}"
+            if one["judged"]
+            else "  too short to judge"
+        )
         for one in result["growth"]
     )
     slope = result["rss_mb_per_hour"]

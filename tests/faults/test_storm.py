@@ -185,7 +185,7 @@ def test_a_storm(config, policy, kills, write_recipe, ranks, tried, request):
     storm(ranks, write_recipe, config, policy, kills, seed=sum(map(ord, request.node.name)))
     engine = {"cpu": "one process", "8gpu_hsdp": "HSDP, 2 x 2"}.get(config, f"`{config}`")
     proof = "rows, scores, samples, weights, files, every tensor of the last checkpoint: differences: 0"
-    tried(f"`kill -9` over the whole life of a run with everything on, {engine}", kills, proof)
+    tried(f"`kill -9` of a whole job over its whole life, everything on, {engine}", kills, proof)
 
 
 @pytest.mark.distributed
