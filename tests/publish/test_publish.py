@@ -343,7 +343,7 @@ def test_no_error_of_the_client_shows_a_token(monkeypatch):
     error.__cause__ = ConnectionError("refused")
     told = explain(error, "hub.repo_id", "user/toy", ["step-5"])
     assert isinstance(told, HubSilent)
-    assert "(Authorization: Bearer hf_***, or hf_***: refused); published so far: step-5; the same command" in str(told)
+    assert "(Authorization: Bearer ***, or hf_***: refused); published so far: step-5; the same command" in str(told)
 
 
 def test_only_one_push_of_a_run_goes_on_at_a_time(undisturbed, tmp_path):
