@@ -97,6 +97,17 @@ def test_what_prose_may_say_too_is_hidden_but_refused_nowhere(text, hidden):
     assert hide_credentials(text) == hidden
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "FLOPs per token: 8,178,892,800 = 3 x (2 x 100 + 4)", "bytes a token: 3.21", "log-probability a token: HellaSwag",
+        "token = 3 x forward", "a secret: nobody knows",
+    ],
+)  # fmt: skip
+def test_what_is_said_of_tokens_is_shown(text):
+    assert hide_credentials(text) == text
+
+
 @pytest.mark.parametrize("name", [
     "token", "hf_token", "HF_TOKEN", "--token", "access_token", "auth_token", "secret", "password", "passwd", "api_key", "apikey",
     "apiKey", "access_key", "secret_key", "private_key", "credentials", "AWS_SECRET_ACCESS_KEY", "X-Amz-Security-Token",
