@@ -14,7 +14,10 @@ from isoflop.output import guard_output
 
 
 class UserError(Exception):
-    """Bad input. The message names the key, its value, the rule it breaks and the remedy."""
+    """Bad input. The message names the key, its value, the rule it breaks and the remedy, and shows no credential."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(hide_credentials(message))
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -35,7 +38,7 @@ def run_command(command: Callable[[], int]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if refused := os.environ.get("ISOFLOP_REFUSED"):
-            Path(refused).write_text(f"{hide_credentials(str(error))}\n", encoding="utf-8")
+            Path(refused).write_text(f"{error}\n", encoding="utf-8")
         sys.exit(2)
     except OSError as error:
         if not is_disk_full(error):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from isoflop.credentials import hide_credentials
 from isoflop.disk import require_own_files, write_aside
 from isoflop.errors import UserError
 from isoflop.fit.figures import draw, drawn_tables
@@ -42,6 +43,7 @@ def fit_command(request: Request) -> int:
     _check(request)
     _require_own_files(request)
     measured = read_measured(request)
+    measured = measured._replace(origin=hide_credentials(measured.origin))  # it goes into the law's file
     predict = request.predict or (AHEAD * float(measured.points.flops.max()),)
     options = Options(request.resamples, request.seed, predict, request.delta, request.asymmetry)
     report = fit_laws(measured.points, measured.curves, options)
