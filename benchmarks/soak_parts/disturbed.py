@@ -173,13 +173,13 @@ class Disturbed:
             seen = psutil.Process(self.process.pid)
             with seen.oneshot():
                 memory = seen.memory_full_info()
-                self.samples.append(
-                    {
-                        "s": round(self.seconds, 1), "launch": len(self.launches) - 1, "step": max(self.checkpoints, default=0),
-                        "rss_bytes": memory.rss, "uss_bytes": memory.uss, "open_files": seen.num_fds(),
-                        "threads": seen.num_threads(), "children": len(seen.children()),
-                    }
-                )  # fmt: skip
+                counts = {
+                    "rss_bytes": memory.rss, "uss_bytes": memory.uss, "open_files": seen.num_fds(),
+                    "threads": seen.num_threads(), "children": len(seen.children()),
+                }  # fmt: skip
+            if memory.rss:  # a process that has just ended has none
+                place = {"launch": len(self.launches) - 1, "step": max(self.checkpoints, default=0)}
+                self.samples.append({"s": round(self.seconds, 1), **place, **counts})
 
     def disturb(self, kind: str, seconds: float) -> None:
         """Do a fault, and undo it."""
