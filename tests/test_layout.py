@@ -15,7 +15,7 @@ LAYERS = {
     "isoflop": 0, "isoflop.errors": 0, "isoflop.disk": 0, "isoflop.tables": 0, "isoflop.modeling": 0,
     "isoflop.hardware": 0, "isoflop.devices": 0, "isoflop.credentials": 0,
     "isoflop.output": 0, "isoflop.untrusted": 0, "isoflop.records": 1, "isoflop.run_folder": 2, "isoflop.loss_curve": 3,
-    "isoflop.recipe": 1, "isoflop.recipe_data": 1, "isoflop.recipe_file": 1, "isoflop.cost": 1,
+    "isoflop.recipe": 1, "isoflop.recipe_data": 1, "isoflop.recipe_file": 1, "isoflop.summary": 2, "isoflop.cost": 1,
     "isoflop.families": 2, "isoflop.search": 2, "isoflop.scaling": 2,
     "isoflop.data": 3, "isoflop.optim": 3, "isoflop.checkpoint": 3, "isoflop.metrics": 3, "isoflop.distributed": 3,
     "isoflop.validation": 3, "isoflop.anomaly": 3, "isoflop.stop": 3, "isoflop.scores": 3,

@@ -25,11 +25,20 @@ _EXCLUSIVE = (  # naming one on the command line drops the recipe's other
 )
 MOST_YAML_BYTES = 4 * 2**20  # PyYAML reads 1 MB a second; a law with 1,000 draws has 0.07 MB
 MOST_VALUES = 200_000  # with aliases written out; that law has 8,000
+TOO_MANY = f"it holds more than {MOST_VALUES:,} values, aliases written out"
 MOST_EXPLAINED = 8  # errors of one file
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """YAML whose floats are those of YAML 1.2: PyYAML reads `3e-4` as a string."""
+    """YAML whose floats are those of YAML 1.2: PyYAML reads `3e-4` as a string. It stops at too many values."""
+
+    values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.values += 1
+        if self.values > MOST_VALUES:
+            raise yaml.YAMLError(TOO_MANY)
+        return super().compose_node(parent, index)
 
 
 _Yaml12Loader.add_implicit_resolver(
@@ -73,7 +82,7 @@ def _count_values(node: yaml.Node, known: dict[int, int], above: set[int]) -> in
         known[id(node)] = 1 + sum(_count_values(part, known, above) for part in inside)
         above.remove(id(node))
     if known[id(node)] > MOST_VALUES:
-        raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values, aliases written out")
+        raise yaml.YAMLError(TOO_MANY)
     return known[id(node)]
 
 
@@ -126,7 +135,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         tree[leaf] = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"override {shown(override)}: {shown(text)} is not a YAML value: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"override {shown(override)}: {shown(text)} is not a YAML value: {' '.join(str(error).split())}"
+        ) from None
 
 
 def explain(error: Any, document: type[BaseModel]) -> str:

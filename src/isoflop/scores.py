@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import operator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from isoflop.credentials import hide_in_tree
 from isoflop.disk import require_own_files, write_aside
 from isoflop.errors import UserError
 from isoflop.tables import markdown, table
-from isoflop.untrusted import read_json
+from isoflop.untrusted import read_json, shown
 
 EVAL = Path(__file__).parents[2] / "eval"  # of the checkout; an installed copy has lm-eval's own tasks alone
 RESULTS = "results.json"
@@ -60,7 +62,7 @@ def scores_of(results: dict[str, Any]) -> list[Score]:
         values, better = results["results"][task], results["higher_is_better"][task]
         for key, value in values.items():
             metric, _, filtered = key.partition(",")
-            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not filtered or metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             stderr = values.get(f"{metric}_stderr,{filtered}")
             scores.append(
@@ -69,7 +71,7 @@ def scores_of(results: dict[str, Any]) -> list[Score]:
                     metric=metric if filtered == "none" else key,
                     value=float(value),
                     stderr=float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
-                    num_documents=count["effective"],
+                    num_documents=operator.index(count["effective"]),
                     higher_is_better=bool(better.get(metric, True)),
                 )
             )
@@ -100,13 +102,18 @@ def read_scores(evaluations: Path) -> list[Score]:
         results = read_json(file, "move it away, or run scripts/run_eval.py again")
         try:
             scores = scores_of(results)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(
-                f"{file} is not as lm-eval writes results ({type(error).__name__}: {error}); move it away, or run"
+                f"{file} is not as lm-eval writes results ({type(error).__name__}: {shown(error)}); move it away, or run"
                 " scripts/run_eval.py again"
             ) from None
         newest |= {(score.task, score.metric): score for score in scores}
     return [newest[key] for key in sorted(newest)]
+
+
+@cache
+def _published(folder: Path) -> list[dict[str, Any]]:
+    return [yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.yaml"))]
 
 
 def nearest_reference(task: str, metric: str, parameters: int | None, folder: Path = EVAL / "references") -> Reference | None:
@@ -115,8 +122,7 @@ def nearest_reference(task: str, metric: str, parameters: int | None, folder: Pa
         return None
     found = [
         Reference(model["name"], model["parameters"], model["scores"][task][metric], page["source"])
-        for file in sorted(folder.glob("*.yaml"))
-        for page in [yaml.safe_load(file.read_text(encoding="utf-8"))]
+        for page in _published(folder)
         for model in page["models"]
         if metric in model["scores"].get(task, {})
     ]

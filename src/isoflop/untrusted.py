@@ -8,8 +8,8 @@ from typing import Any
 
 from isoflop.errors import UserError
 
-# Read whole: the manifest of a million source files has 150 MB, and parsing takes some ten times as much memory.
-MOST_JSON_BYTES = 256 * 2**20
+# Read whole: the manifest of 400,000 source files has so many; parsed, they take 2 GB at most.
+MOST_JSON_BYTES = 64 * 2**20
 MOST_SHOWN = 200  # characters of a value in a message
 
 
@@ -40,7 +40,10 @@ def read_text(file: Path, most_bytes: int, remedy: str) -> str:
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
     """A JSON object. Raises `UserError` where the file is not there or holds something else."""
     try:
-        tree = json.loads(read_text(file, MOST_JSON_BYTES, remedy))
+        text = read_text(file, MOST_JSON_BYTES, remedy)
+        tree = json.loads(text)
+        if "\\ud" in text.lower():  # half of a pair of escapes is no character, and cannot be written again
+            json.dumps(tree, ensure_ascii=False).encode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{file} is missing; {remedy}") from None
     except RecursionError:

@@ -8,7 +8,7 @@ import yaml
 from conftest import TOY_MODELS, metrics_row, summary_with
 
 from isoflop import cost
-from isoflop.data.manifest import Manifest, PreparedSource, Split, TokenizerFacts
+from isoflop.data.manifest import Manifest, PreparedSource, Shard, Split, TokenizerFacts
 from isoflop.errors import UserError
 from isoflop.fit.runs import measured_runs
 from isoflop.recipe import Recipe
@@ -48,7 +48,7 @@ def write_run(folder, width=32, steps=100, finished=True, **changes):
 
 def write_manifest(folder, windows):
     facts = {"documents": 1, "bytes": 1, "tokens": 1, "dropped_tokens": 0, "repeated_tokens": 0, "unigram_entropy_nats": None}
-    split = Split(windows=windows, shards=[], **facts)
+    split = Split(windows=windows, shards=[Shard(name="a.arrow", bytes=0, sha256="", windows=windows)], **facts)
     source = PreparedSource(files={}, revision=None, left_out={}, splits={"train": split, "validation": split})
     tokenizer = TokenizerFacts(sha256="", num_ids=300, eos_token_id=0, bos_token_id=None, revision=None)
     facts = {"made_from": {}, "engine": "", "dtype": "uint16", "sequence_length": 32, "contamination": {}}

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.fsdp import FSDPModule
@@ -89,12 +90,13 @@ def read(path: Path, tensors: Tensors) -> None:
         ) from None
     try:
         for name, tensor in tensors.items():
-            if name in described and (dtype := described[name].properties.dtype) != tensor.dtype:
-                raise ValueError(f"{name} is of {dtype}, and the run's of {tensor.dtype}")
+            there = described.get(name)
+            if isinstance(there, dcp_metadata.TensorStorageMetadata) and there.properties.dtype != tensor.dtype:
+                raise ValueError(f"{name} is of {there.properties.dtype}, and the run's of {tensor.dtype}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             load_sharded(dict(tensors), storage_reader=reader, no_dist=True)
-    except Exception as error:  # DCP's, torch's and the zip reader's
+    except (Exception, CheckpointException) as error:  # torch's, the zip reader's, and DCP's, which is no `Exception`
         cause = next((wrapped[0] for wrapped in getattr(error, "failures", {}).values()), error)
         raise UserError(
             f"{path} cannot be loaded: {type(cause).__name__}: {shown(' '.join(str(cause).split()))}; use another checkpoint, or"
@@ -254,10 +256,18 @@ class _Part(io.RawIOBase):
         return len(read)
 
 
+def _build(unpickler: Any) -> None:
+    """Give a description its fields. A class or a function is given none."""
+    described = unpickler.stack[-2]
+    if not is_dataclass(described) or isinstance(described, type):
+        raise pickle.UnpicklingError("it gives fields to what is no description of tensors")
+    pickle._Unpickler.dispatch[pickle.BUILD[0]](unpickler)
+
+
 class _Descriptions(pickle._Unpickler):
     """The classes that DCP's metadata of tensors is made of, and no others (Python's documentation, "Restricting Globals").
 
-    The unpickler written in Python: the one in C takes memory for what a few bytes claim (bpo-115952).
+    The unpickler written in Python: the one in C takes memory for what a few bytes claim (CPython's issue 115952).
     """
 
     ALLOWED = {
@@ -277,10 +287,5 @@ class _Descriptions(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no description of tensors needs")
         return super().find_class(module, name)
 
-    def load_build(self) -> None:
-        """Give a description its fields. A class or a function is given none."""
-        if not is_dataclass(self.stack[-2]) or isinstance(self.stack[-2], type):
-            raise pickle.UnpicklingError("it gives fields to what is no description of tensors")
-        super().load_build()
-
-    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: _build}
+    del dispatch[pickle.BYTEARRAY8[0]]  # it takes memory before it reads

@@ -23,6 +23,7 @@ from isoflop.recipe_file import load_recipe
 from isoflop.records import Row, read_rows
 from isoflop.run_folder import RunFolder
 from isoflop.scores import ERRORS, Score, read_scores
+from isoflop.summary import require_summary
 
 NATS, BITS = "nats per token", "bits per byte"
 
@@ -58,7 +59,7 @@ class Run:
 
     def loss(self, nats: float, unit: str) -> float:
         """A loss in the unit of a comparison."""
-        return nats if unit == NATS else nats / math.log(2) / (self.bytes_per_token or math.nan)
+        return float(nats) if unit == NATS else nats / math.log(2) / (self.bytes_per_token or math.nan)
 
 
 def read_runs(paths: list[str]) -> list[Run]:
@@ -86,6 +87,7 @@ def _read_run(path: str, name: str) -> Run:
 
 def _bytes_per_token(folder: RunFolder, recipe: Recipe) -> float | None:
     if summary := folder.finished():
+        require_summary(folder.summary, summary)
         return float(summary["val_loss"] / math.log(2) / summary["bits_per_byte"])
     try:
         return validation_facts(read_manifest(recipe.data.prepared_dir), recipe.data.shares())[0]
@@ -135,7 +137,7 @@ def facts(run: Run) -> dict[str, Any]:
     last = run.rows[-1]
     measured = [row["val_loss"] for row in run.rows if row["val_loss"] is not None]
     val_loss = measured[-1] if measured else None
-    rates, mfus = ([row[key] for row in run.rows if row[key] is not None] for key in ("tokens_per_s", "mfu"))
+    mfus = [row["mfu"] for row in run.rows if isinstance(row.get("mfu"), int | float)]
     return {
         "name": run.name,
         "model_type": run.recipe.model.model_type,
@@ -149,7 +151,7 @@ def facts(run: Run) -> dict[str, Any]:
         "loss": last["loss"],
         "val_loss": val_loss,
         "bits_per_byte": run.loss(val_loss, BITS) if val_loss is not None and run.bytes_per_token else None,
-        "tokens_per_s": statistics.median(rates),
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in run.rows),
         "mfu": statistics.median(mfus) if mfus else None,
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in run.rows),
     }
@@ -175,9 +177,9 @@ def scores_of_run(run: Run) -> dict[tuple[str, str], Score]:
     last: dict[tuple[str, str], Score] = {}
     for row in run.rows:
         for key in row:
-            if "/" in key and not key.endswith("_stderr") and row[key] is not None:
-                task, metric = key.split("/", 1)
-                last[task, metric] = Score(task, metric, row[key], row.get(f"{key}_stderr"), 0, True)
+            if "/" in key and not key.endswith("_stderr") and isinstance(row[key], int | float):
+                (task, metric), error = key.split("/", 1), row.get(f"{key}_stderr")
+                last[task, metric] = Score(task, metric, row[key], error if isinstance(error, int | float) else None, 0, True)
     return last | {(score.task, score.metric): score for score in read_scores(run.folder.evaluations)}
 
 

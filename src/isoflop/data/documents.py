@@ -107,6 +107,8 @@ def _read(table: Table, number: int, start: int) -> Iterator[pa.Table]:
         for read in table.tables(number, start):
             read.validate(full=True)
             yield read
+    except UserError:
+        raise
     except Exception as error:  # Arrow's, the decompressors', the Hub client's and its transport's
         found = next(filter(None, (find_fault(file, table.source.kind) for file in table.files_of(number))), None)
         reason = found or f"part {number} of {table.num_parts} cannot be read: {error.__cause__ or error}"

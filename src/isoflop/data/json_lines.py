@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 import pyarrow as pa
@@ -18,6 +18,8 @@ import pyarrow.json
 from isoflop.errors import UserError, nearest
 
 BLOCK_BYTES = 4 * 2**20
+MOST_LINE_BYTES = 256 * 2**20
+"""A line is read whole, and a few kilobytes under gzip can stand for one without end; the longest books have 20 MB."""
 _PIECE_BYTES = 2**20
 _LOOKED_AT = 100  # lines in which a column has to turn up
 _BOM = b"\xef\xbb\xbf"
@@ -36,7 +38,7 @@ def read_lines(pieces: list[Piece], schema: pa.Schema) -> Iterator[pa.Table]:
     """Tables of the schema's columns, a block of lines each. Raises what opening, decompressing and parsing raise."""
     for piece in pieces:
         for block in _blocks(piece):
-            yield _parse(block, schema)
+            yield _parse(block, schema, piece.file)
 
 
 def require_columns(file: str, key: str, wanted: dict[str, str]) -> None:
@@ -44,7 +46,7 @@ def require_columns(file: str, key: str, wanted: dict[str, str]) -> None:
     known: set[str] = set()
     with fsspec.open(file, "rb", compression="infer") as stream:
         for _ in range(_LOOKED_AT):
-            row = json.loads(stream.readline().removeprefix(_BOM) or b"{}")
+            row = _loads(_read_line(stream, file).removeprefix(_BOM) or b"{}", file)
             if not isinstance(row, dict):
                 raise UserError(f"{key}: {file} has {type(row).__name__}s where objects belong; write one JSON object a line")
             known |= row.keys()
@@ -59,30 +61,55 @@ def _blocks(piece: Piece) -> Iterator[bytes]:
         left, rest = None if piece.end is None else piece.end - piece.begin, b""
         if piece.begin:
             stream.seek(piece.begin - 1)
-            skipped = len(stream.readline()) - 1  # the line that began before belongs to the piece before
+            skipped = len(_read_line(stream, piece.file)) - 1  # the line that began before belongs to the piece before
             left = None if left is None else left - skipped
         while (left is None or left > 0) and (read := stream.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left))):
             left = None if left is None else left - len(read)
             if left == 0:
-                read += stream.readline() if not read.endswith(b"\n") else b""
-            block = rest + read
-            cut = block.rfind(b"\n") + 1
-            rest = block[cut:]
+                read += _read_line(stream, piece.file) if not read.endswith(b"\n") else b""
+            cut = read.rfind(b"\n") + 1
             if cut:
-                yield block[:cut].removeprefix(_BOM)
+                yield (rest + read[:cut]).removeprefix(_BOM)
+                rest = read[cut:]
+            else:
+                rest += read
+            if len(rest) > MOST_LINE_BYTES:
+                raise _too_long(piece.file)
         if rest.strip():
             yield rest.removeprefix(_BOM)
 
 
-def _parse(block: bytes, schema: pa.Schema) -> pa.Table:
+def _read_line(stream: BinaryIO, file: str) -> bytes:
+    if len(line := stream.readline(MOST_LINE_BYTES + 1)) > MOST_LINE_BYTES:
+        raise _too_long(file)
+    return line
+
+
+def _too_long(file: str) -> UserError:
+    return UserError(
+        f"{file}: a line has more than {MOST_LINE_BYTES:,} bytes, and every line is read whole; write one document a line, or"
+        " leave out the file"
+    )
+
+
+def _parse(block: bytes, schema: pa.Schema, file: str) -> pa.Table:
     options = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     # Arrow parses pieces of a block on several threads; it fails where a line is longer than a piece, which few are.
     reading = pyarrow.json.ReadOptions(block_size=max(_PIECE_BYTES, len(block) // 4))
     try:
         return pyarrow.json.read_json(pa.BufferReader(block), reading, options)
     except pa.ArrowInvalid:  # a line that is too long, or one that is odd
-        rows = [json.loads(line) for line in block.split(b"\n") if line.strip()]
+        rows = [_loads(line, file) for line in block.split(b"\n") if line.strip()]
         return pa.table({field.name: [_as(row, field) for row in rows] for field in schema}, schema)
+
+
+def _loads(line: bytes, file: str) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise UserError(
+            f'{file}: a line is nested too deep to be read; write {{"text": ...}} lines, or leave out the file'
+        ) from None
 
 
 def _as(row: object, field: pa.Field) -> object:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, NonNegativeInt, ValidationError, model_validator
 from tqdm import tqdm
 
 from isoflop.data.order import Order
@@ -15,7 +15,7 @@ from isoflop.disk import sha256
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe, flatten
 from isoflop.recipe_file import explain_errors
-from isoflop.untrusted import MOST_JSON_BYTES, leaves_folder, read_text
+from isoflop.untrusted import MOST_JSON_BYTES, leaves_folder, named, read_text
 
 FILE_NAME = "manifest.json"
 SplitName = Literal["train", "validation"]
@@ -26,8 +26,29 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 """As far as a floating-point number counts."""
 
 
+def _few(given: Any) -> Any:
+    """Refuse a mapping of many keys, of which pydantic would explain every one, in a kilobyte each."""
+    if isinstance(given, dict) and len(given) > MOST_KEYS:
+        raise ValueError(f"it has {len(given):,} keys, and {MOST_KEYS:,} at most belong there")
+    return given
+
+
+def _texts(given: Any) -> Any:
+    """Refuse a mapping by its first value that is no text; it may have many keys."""
+    if isinstance(given, dict) and (wrong := next((key for key, value in given.items() if not isinstance(value, str)), None)):
+        raise ValueError(f"{named(wrong)} is no text")
+    return given
+
+
+MOST_KEYS = 1000
+Few = BeforeValidator(_few)
+Texts = Annotated[dict[str, str], BeforeValidator(_texts)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    few_keys = model_validator(mode="before")(staticmethod(_few))
 
 
 class Shard(_Part):
@@ -55,7 +76,7 @@ class Split(_Part):
     """What a last window shares with the one before it, where it overlaps."""
     unigram_entropy_nats: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     """Entropy of the token frequencies: the loss of the best model that knows frequencies alone. Of validation."""
-    shards: list[Shard]
+    shards: Annotated[list[Shard], FailFast()]
 
     @model_validator(mode="after")
     def _windows_are_those_of_the_shards(self) -> Self:
@@ -67,13 +88,13 @@ class Split(_Part):
 class PreparedSource(_Part):
     """One source of the recipe: where its text came from, and its windows."""
 
-    files: dict[str, str]
+    files: Texts
     """SHA-256 of every local file, by path."""
     revision: str | None
     """Commit of a dataset on the Hub."""
-    left_out: dict[str, int]
+    left_out: Annotated[dict[str, int], Few]
     """Documents left out, by reason."""
-    splits: dict[SplitName, Split]
+    splits: Annotated[dict[SplitName, Split], Few]
 
 
 class Overlap(_Part):
@@ -114,8 +135,8 @@ class Manifest(_Part):
     dtype: Literal["uint16", "uint32"]
     sequence_length: Annotated[Count, Field(ge=2)]
     tokenizer: TokenizerFacts
-    sources: Annotated[dict[str, PreparedSource], Field(min_length=1)]
-    contamination: dict[str, Overlap]
+    sources: Annotated[dict[str, PreparedSource], Field(min_length=1), Few]
+    contamination: Annotated[dict[str, Overlap], Few]
     """By evaluation set, where the recipe names some."""
 
     @model_validator(mode="after")

@@ -7,17 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from isoflop.data.documents import Batch
+from isoflop.errors import UserError
+from isoflop.untrusted import shown
 
 DOCUMENTS_AT_ONCE = 4_000_000  # compared at once, some 100 MB
 _ROW = np.dtype([("hash", "<u8"), ("row", "<i8"), ("score", "<f8")])
+
+
+def _loaded(file: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # numpy's, the zip reader's and the decompressor's
+        raise _damaged(file, f"{type(error).__name__}: {shown(str(error))}") from None
+
+
+def _damaged(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} is damaged ({reason}); delete it, and the same command writes it again")
 
 
 class Survey(NamedTuple):
@@ -27,8 +42,11 @@ class Survey(NamedTuple):
 
     @classmethod
     def open(cls, file: Path) -> Survey:
-        """Map a file that `survey` wrote."""
-        return cls(np.load(file, mmap_mode="r", allow_pickle=False))
+        """Map a file that `survey` wrote. Raises `UserError` where it is damaged."""
+        documents = _loaded(file, lambda: np.load(file, mmap_mode="r", allow_pickle=False))
+        if getattr(documents, "dtype", None) != _ROW or documents.ndim != 1:
+            raise _damaged(file, "it holds no rows of hash, row and score")
+        return cls(documents)
 
 
 def survey(batches: Iterable[Batch], file: Path) -> None:
@@ -108,9 +126,16 @@ class Decided(NamedTuple):
 
     @classmethod
     def open(cls, file: Path) -> Decided:
-        """Read what `save` wrote."""
-        with np.load(file, allow_pickle=False) as arrays:
-            return cls(arrays["duplicates"], arrays["low_scores"])
+        """Read what `save` wrote. Raises `UserError` where it is damaged; `FileNotFoundError` is the caller's."""
+
+        def read() -> list[NDArray[np.int64]]:
+            with np.load(file, allow_pickle=False) as arrays:
+                return [arrays["duplicates"], arrays["low_scores"]]
+
+        decided = _loaded(file, read)
+        if any(rows.dtype != np.int64 or rows.ndim != 1 for rows in decided):
+            raise _damaged(file, "it holds no rows")
+        return cls(*decided)
 
     def digest(self) -> str:
         """SHA-256 of the rows; a .npz file holds the time of its writing too."""

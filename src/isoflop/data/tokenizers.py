@@ -78,7 +78,9 @@ def open_tokenizer(prepared_dir: str) -> Any:
         for key in _REFUSED.keys() & config.keys():
             raise UserError(f"{folder / name}: {key} = {shown(config[key])}: the tokenizer asks for {_REFUSED[key]}; {remedy}")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some of its settings matter first here
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # transformers' many errors, and a panic of the tokenizers library, which is no Exception

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from isoflop.data.encoding import Engine
-from isoflop.data.manifest import Shard, SplitName, TokenizerFacts
+from isoflop.data.manifest import SPLITS, Count, Few, Shard, SplitName, Texts, TokenizerFacts
 from isoflop.data.order import keyed_uniform
-from isoflop.data.sources import Opened, Table
+from isoflop.data.sources import MAX_PARTS, Opened, Table
 from isoflop.data.survey import Decided
 from isoflop.data.windows import dtype_for
 from isoflop.errors import UserError
@@ -23,7 +23,6 @@ from isoflop.recipe_file import explain_errors
 from isoflop.untrusted import MOST_JSON_BYTES, read_text
 
 CORPUS_FILE = "corpus.json"
-MOST_PARTS = 1 << 24  # of a source: the number of a part has 24 bits in the key of the split
 
 
 class PartName(NamedTuple):
@@ -45,9 +44,15 @@ class Facts(BaseModel):
     made_from: dict[str, Any]
     engine: Engine
     tokenizer: TokenizerFacts
-    revisions: dict[str, str | None]
-    num_parts: dict[str, Annotated[int, Field(ge=0, le=MOST_PARTS)]]
+    revisions: Annotated[dict[str, str | None], Few]
+    num_parts: Annotated[dict[str, Annotated[int, Field(ge=0, le=2 * MAX_PARTS)]], Few]
     """By source."""
+
+    @model_validator(mode="after")
+    def _of_the_same_sources(self) -> Self:
+        if list(self.revisions) != list(self.num_parts):
+            raise ValueError("revisions and num_parts are not of the same sources")
+        return self
 
     @property
     def dtype(self) -> Literal["uint16", "uint32"]:
@@ -67,11 +72,11 @@ class Facts(BaseModel):
 class PartSplit(BaseModel):
     """What a part holds of one split."""
 
-    documents: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    shards: list[Shard] = []
-    tail: list[int] = []
+    documents: Count = 0
+    bytes: Count = 0
+    tokens: Count = 0
+    shards: Annotated[list[Shard], FailFast()] = []
+    tail: Annotated[list[Count], FailFast()] = []
     """Ids behind the last whole window; joined with other parts' tails in the end."""
 
 
@@ -80,17 +85,23 @@ class Record(BaseModel):
 
     corpus: str
     """Digest of the facts."""
-    files: dict[str, str]
+    files: Texts
     """SHA-256 of the local files it is read from."""
     decided: str | None
     """SHA-256 of what the survey of all parts decided about this one."""
-    rows: int = 0
+    rows: Annotated[int, Field(ge=-1, lt=2**53)] = 0
     """Rows of the part that are encoded."""
     done: bool = False
-    left_out: dict[str, int] = {}
-    splits: dict[SplitName, PartSplit] = {"train": PartSplit(), "validation": PartSplit()}
-    ngrams_found: list[int] = []
+    left_out: Annotated[dict[str, Count], Few] = {}
+    splits: Annotated[dict[SplitName, PartSplit], Few] = {"train": PartSplit(), "validation": PartSplit()}
+    ngrams_found: Annotated[list[Count], FailFast()] = []
     """Runs of the evaluation sets that occur, by their place in the lookup."""
+
+    @model_validator(mode="after")
+    def _of_both_splits(self) -> Self:
+        if set(self.splits) != set(SPLITS):
+            raise ValueError(f"splits are {', '.join(self.splits) or 'none'}, and not {' and '.join(SPLITS)}")
+        return self
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from isoflop.data.contamination import overlaps
 from isoflop.data.manifest import FILE_NAME, SPLITS, Manifest, Overlap, PreparedSource, Shard, Split, SplitName
-from isoflop.data.windows import ShardWriter, Windows
+from isoflop.data.windows import Ids, ShardWriter, Windows
 from isoflop.disk import write_aside
 from isoflop.errors import UserError
 from isoflop.prepare.corpus import CORPUS_FILE, Facts, PartName, Record, read_document
 from isoflop.prepare.part import LOOKUP_FILE
 from isoflop.recipe import Recipe
+from isoflop.untrusted import shown
 
 # What prepare writes while parts gather, and leaves out of the prepared folder.
 _OF_PARTS = re.compile(
@@ -27,6 +28,11 @@ _OF_PARTS = re.compile(
 
 def join(recipe: Recipe, facts: Facts, folder: Path) -> Manifest:
     """Join the parts in `folder` and rename it to the recipe's `prepared_dir`. Raises `UserError` where some are missing."""
+    if list(facts.num_parts) != list(recipe.data.sources()):
+        raise UserError(
+            f"{folder}/{CORPUS_FILE}: num_parts are of {shown(list(facts.num_parts))}, and the recipe's sources are"
+            f" {', '.join(recipe.data.sources())}; copy the folder again, or delete it and prepare it again"
+        )
     records = _read_records(facts, folder)
     sources = {
         name: _join_source(recipe, facts, folder, name, [record for part, record in records.items() if part.source == name])
@@ -87,7 +93,9 @@ def _join_split(recipe: Recipe, facts: Facts, folder: Path, name: str, split: Sp
     """Shards of all parts in their order, then one of the windows that their tails make together."""
     parts, length = [record.splits[split] for record in records], recipe.training.sequence_length
     shards = [shard for part in parts for shard in part.shards]
-    tails = np.array([token for part in parts for token in part.tail], dtype=facts.dtype)
+    ids = np.array([token for part in parts for token in part.tail], dtype=np.int64)
+    _require_ids(facts, folder, ids)
+    tails: Ids = ids.astype(facts.dtype)
     whole = len(tails) // length * length
     left, repeated = len(tails) - whole, 0
     writer = ShardWriter(folder, f"{name}-{split}-tails", length, facts.dtype)
@@ -109,6 +117,14 @@ def _join_split(recipe: Recipe, facts: Facts, folder: Path, name: str, split: Sp
     )
 
 
+def _require_ids(facts: Facts, folder: Path, ids: NDArray[np.integer]) -> None:
+    if len(ids) and int(ids.max()) >= facts.tokenizer.num_ids:
+        raise UserError(
+            f"{folder}: a part holds the id {int(ids.max())}, and its tokenizer has {facts.tokenizer.num_ids} ids; copy the parts"
+            " again, or delete the folder and prepare it again"
+        )
+
+
 def _last_window(folder: Path, shards: list[Shard], length: int) -> NDArray[np.int64]:
     windows = Windows(folder, shards[-1:], length)
     last: NDArray[np.int64] = windows.take(np.array([len(windows) - 1]))[0]
@@ -118,6 +134,7 @@ def _last_window(folder: Path, shards: list[Shard], length: int) -> NDArray[np.i
 def _unigram_entropy(folder: Path, shards: list[Shard], facts: Facts, length: int) -> float:
     counts = np.zeros(facts.tokenizer.num_ids, dtype=np.int64)
     for block in Windows(folder, shards, length).blocks:
+        _require_ids(facts, folder, block.reshape(-1))
         counts += np.bincount(block.reshape(-1), minlength=len(counts))
     share = counts[counts > 0] / max(counts.sum(), 1)
     return float(-(share * np.log(share)).sum())
@@ -126,9 +143,14 @@ def _unigram_entropy(folder: Path, shards: list[Shard], facts: Facts, length: in
 def _contamination(recipe: Recipe, folder: Path, records: list[Record]) -> dict[str, Overlap]:
     if recipe.data.contamination is None:
         return {}
-    return overlaps(
-        folder / LOOKUP_FILE, np.array([place for record in records for place in record.ngrams_found], dtype=np.int64)
-    )
+    found = np.array([place for record in records for place in record.ngrams_found], dtype=np.int64)
+    try:
+        return overlaps(folder / LOOKUP_FILE, found)
+    except Exception as error:  # numpy's and the zip reader's, of a file that is damaged or not of these parts
+        raise UserError(
+            f"{folder / LOOKUP_FILE} cannot be read ({type(error).__name__}: {shown(str(error))}); delete it, and the same"
+            " command writes it again"
+        ) from None
 
 
 def _require_windows(recipe: Recipe, sources: dict[str, PreparedSource]) -> None:

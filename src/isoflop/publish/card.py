@@ -5,7 +5,6 @@ Entered by `model_card`. The words are in `card.md`, the tables in `sections`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from importlib.resources import files
@@ -23,6 +22,7 @@ from isoflop.recipe_data import HubSource
 from isoflop.recipe_file import load_recipe, to_yaml
 from isoflop.run_folder import RunFolder
 from isoflop.scores import Score, read_scores, score_markdown
+from isoflop.summary import require_summary
 
 UNKNOWN_LICENSE = "unknown"  # the Hub's identifier where none is stated
 
@@ -33,7 +33,7 @@ def model_card(folder: RunFolder, repo_id: str, license: str | None, revisions: 
     The same files make the same card, word for word.
     """
     trained = load_recipe(folder.path / "recipe.yaml")
-    recipe, summary = published_recipe(trained), json.loads(folder.summary.read_text(encoding="utf-8"))
+    recipe, summary = published_recipe(trained), require_summary(folder.summary, folder.finished() or {})
     scores, launches = read_scores(folder.evaluations), published_environment(read_environment(folder))["launches"]
     values = {
         "metadata": metadata(recipe, summary, scores, repo_id, license).to_yaml(),
@@ -48,7 +48,7 @@ def model_card(folder: RunFolder, repo_id: str, license: str | None, revisions: 
         "architecture": sections.architecture(recipe),
         "training": sections.training(recipe, summary, launches),
         "launches": [sections.command_line(launch) for launch in launches],
-        "version": launches[-1]["versions"]["isoflop"],
+        "version": launches[-1]["versions"].get("isoflop", "unknown"),
         "data": sections.data(recipe, trained.data.prepared_dir, summary),
         "recipe": recipe,
         "recipe_yaml": to_yaml(recipe, exclude_none=True).strip(),

@@ -8,21 +8,51 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from isoflop.errors import UserError
 from isoflop.publish.redaction import published_environment, published_recipe, published_results
 from isoflop.recipe import Recipe
-from isoflop.recipe_file import to_yaml
+from isoflop.recipe_file import explain_errors, to_yaml
 from isoflop.records import Row, read_rows
 from isoflop.run_folder import RunFolder
 from isoflop.scores import RESULTS
-from isoflop.untrusted import read_json
+from isoflop.untrusted import leaves_folder, read_json
 
 Files = dict[str, Path | bytes]
 """Content by path in the repository: a file of this machine, or bytes."""
 CARD, RECIPE = "README.md", "recipe.yaml"
 EVENTS = "logs/events.out.tfevents.0.isoflop"  # always this name: a later push of the same run finds it there
+
+
+class _Hardware(BaseModel):
+    cpu_cores: int | None
+    gpus: list[str]
+
+
+class _How(BaseModel):
+    num_processes: int
+    distributed_type: str
+    mixed_precision: str
+    device: str
+    resumed_from_step: int
+
+
+class _Launch(BaseModel):
+    """What of a launch is read back."""
+
+    started_at: Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text).isoformat())]
+    versions: dict[str, str | None]
+    commit: str | None
+    hardware: _Hardware
+    command: list[str]
+    launch: _How
+
+
+class _Environment(_Launch):
+    earlier_launches: list[_Launch]
 
 
 def size_bytes(content: Path | bytes) -> int:
@@ -44,8 +74,13 @@ def run_files(folder: RunFolder, recipe: Recipe) -> Files:
         if path.is_file():
             files[path.name] = path
     for path in sorted(folder.evaluations.glob(f"*/{RESULTS}")):
+        if outside := leaves_folder(path, folder.path):
+            raise UserError(f"{outside}: what is published is the run's own")
         results = read_json(path, "move it away, or run scripts/run_eval.py again")
         files[path.relative_to(folder.path).as_posix()] = _json(published_results(results, folder.path))
+    for content in files.values():
+        if isinstance(content, Path) and (outside := leaves_folder(content, folder.path)):
+            raise UserError(f"{outside}: what is published is the run's own")
     if has_tensorboard():
         files[EVENTS] = event_file(read_metrics(folder), start_time(folder))
     return files
@@ -60,15 +95,10 @@ def read_environment(folder: RunFolder) -> dict[str, Any]:
     """What a run wrote about its launches, the newest one at the top."""
     file, remedy = folder.path / "environment.json", "move it away, and start the run again: it is written at every launch"
     environment = read_json(file, remedy)
-    for launch in [*environment.get("earlier_launches", []), environment]:
-        try:
-            datetime.fromisoformat(launch["started_at"])
-            described = [launch["versions"], launch["hardware"], launch["launch"]]
-            damaged = not all(isinstance(part, dict) for part in described) or not isinstance(launch["command"], list)
-        except (KeyError, TypeError, ValueError):
-            damaged = True
-        if damaged:
-            raise UserError(f"{file} is not as a run writes it; {remedy}")
+    try:
+        _Environment.model_validate(environment)
+    except ValidationError as error:
+        raise UserError(f"{file}: {explain_errors(error, _Environment)}; {remedy}") from None
     return environment
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from pydantic import model_validator as checked_by
 
 from isoflop.credentials import REMEDY, find_in_tree
@@ -20,14 +20,16 @@ from isoflop.recipe_data import Section, require_one_of
 from isoflop.recipe_file import MOST_YAML_BYTES, explain_errors, load_recipe, parse_yaml
 from isoflop.untrusted import read_text
 
-Positives = Annotated[list[PositiveFloat], Field(min_length=1)]
+# Beyond these, products and powers of budgets overflow; the largest budget of all was 1e26 FLOPs.
+Positive = Annotated[float, Field(gt=0, le=1e40)]
+Positives = Annotated[list[Positive], Field(min_length=1, max_length=1000)]
 
 
 class Rule(Section):
     """A power of a run's compute: coefficient x C^exponent, C in FLOPs."""
 
-    coefficient: PositiveFloat
-    exponent: float
+    coefficient: Positive
+    exponent: Annotated[float, Field(ge=-3, le=3)]
 
     def at(self, flops: float) -> float:
         """The rule's value at a budget."""
@@ -37,9 +39,9 @@ class Rule(Section):
 class Around(Section):
     """Sizes on either side of each budget's centre, where D/N has a stated value; neighbours differ by `ratio` in N."""
 
-    tokens_per_parameter: PositiveFloat = 20.0
-    count: Annotated[int, Field(ge=3)] = 5
-    ratio: Annotated[float, Field(gt=1.0)] = 2.0
+    tokens_per_parameter: Positive = 20.0
+    count: Annotated[int, Field(ge=3, le=99)] = 5
+    ratio: Annotated[float, Field(gt=1.0, le=100.0)] = 2.0
 
 
 class Suite(Section):
@@ -55,7 +57,7 @@ class Suite(Section):
     sizes: Around | None = None
     parameters: Positives | None = None
     """Sizes wanted; each becomes the family's nearest shape."""
-    aspect_ratio: PositiveFloat | None = None
+    aspect_ratio: Positive | None = None
     """Width / layers wanted, of all sizes."""
     num_layers: PositiveInt | None = None
     """Or the depth of all sizes, which then differ in width alone: with few layers one more is a jump that no power law has."""
