@@ -28,6 +28,7 @@ LAYERS = {
 SAME_LAYER = {
     ("isoflop.disk", "isoflop.errors"),
     ("isoflop.hardware", "isoflop.errors"),
+    ("isoflop.run_folder", "isoflop.summary"),  # what one of its files holds
     ("isoflop.untrusted", "isoflop.errors"),
     ("isoflop.errors", "isoflop.output"),  # how a command ends, and what it prints
     ("isoflop.errors", "isoflop.credentials"),

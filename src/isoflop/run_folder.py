@@ -30,7 +30,8 @@ from isoflop.disk import has_keys, is_lock, lock, replace_folder, require_own_fo
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe, differences
 from isoflop.recipe_file import load_recipe, to_yaml
-from isoflop.untrusted import read_json, shown
+from isoflop.summary import require_summary
+from isoflop.untrusted import read_json
 
 _LIBRARIES = (
     "isoflop",
@@ -43,11 +44,6 @@ _LIBRARIES = (
     "huggingface_hub",
     "numpy",
 )
-# What every summary has, so that a damaged one is noticed before it is read.
-SUMMARY_NUMBERS = (
-    "steps", "tokens", "parameters", "flops", "val_loss", "bits_per_byte", "unigram_entropy_nats", "tokens_per_s",
-    "predicted_memory_bytes", "peak_memory_bytes", "elapsed_s",
-)  # fmt: skip
 # What a run folder may hold before its environment.json: a launch was killed at once, or its lock was cut short.
 _EARLY = ("lock", "flight_recorder", ".environment.json.partial")
 # Files of an exported model: what transformers names so, and the code of a hybrid.
@@ -100,15 +96,8 @@ class RunFolder:
         """The summary of a run that is done, else None. Raises `UserError` where it is damaged."""
         if not self.summary.exists():
             return None
-        summary = read_json(self.summary, "delete it, and the command that trained the run writes it from the last checkpoint")
-        for key in SUMMARY_NUMBERS:
-            value = summary.get(key)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise UserError(
-                    f"{self.summary}: {key} = {shown(value)} is not a number; delete the file, and the command that trained"
-                    " the run writes it from the last checkpoint"
-                )
-        return summary
+        remedy = "delete it, and the command that trained the run writes it from the last checkpoint"
+        return require_summary(self.summary, read_json(self.summary, remedy))
 
     def claim(self) -> None:
         """Lock the folder for this process; the kernel lets go when the process ends, however it ends."""

@@ -223,7 +223,7 @@ def test_a_summary_that_is_damaged_is_refused_by_name(undisturbed, tmp_path, ran
     for content, reason in (
         ("{", "is not JSON"),
         ("[]", "holds a list where a JSON object belongs"),
-        ('{"steps": "ten"}', "steps = 'ten' is not a number"),
+        ('{"steps": "ten"}', "steps = 'ten': Input should be a valid integer"),
     ):
         (folder / "summary.json").write_text(content)
         launched = ranks.start("cpu", folder / "recipe.yaml", f"output.run_dir={folder}")

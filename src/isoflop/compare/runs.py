@@ -23,7 +23,6 @@ from isoflop.recipe_file import load_recipe
 from isoflop.records import Row, read_rows
 from isoflop.run_folder import RunFolder
 from isoflop.scores import ERRORS, Score, read_scores
-from isoflop.summary import require_summary
 
 NATS, BITS = "nats per token", "bits per byte"
 
@@ -87,7 +86,6 @@ def _read_run(path: str, name: str) -> Run:
 
 def _bytes_per_token(folder: RunFolder, recipe: Recipe) -> float | None:
     if summary := folder.finished():
-        require_summary(folder.summary, summary)
         return float(summary["val_loss"] / math.log(2) / summary["bits_per_byte"])
     try:
         return validation_facts(read_manifest(recipe.data.prepared_dir), recipe.data.shares())[0]

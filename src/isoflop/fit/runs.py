@@ -16,7 +16,6 @@ from isoflop.recipe import differences, flatten
 from isoflop.run_folder import RunFolder
 from isoflop.scaling.laws import Progress
 from isoflop.scaling.points import Curve, Points
-from isoflop.summary import require_summary
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of a run's tokens, from where its last loss is foretold
 FEWEST_RUNS = 5  # two more than the coefficients of how far losses fall
@@ -76,7 +75,6 @@ def _run_folders(paths: list[str]) -> list[str]:
 def _finished(run: Run) -> Finished:
     summary = run.folder.finished()
     assert summary is not None  # only these are read
-    require_summary(run.folder.summary, summary)
     try:
         unique = read_manifest(run.recipe.data.prepared_dir).windows("train") * run.recipe.training.sequence_length
     except UserError:  # the data are on another machine

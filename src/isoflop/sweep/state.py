@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 from isoflop.disk import is_locked
 from isoflop.records import read_rows
 from isoflop.run_folder import RunFolder
-from isoflop.summary import require_summary
 from isoflop.sweep.design import Run
 from isoflop.tables import table
 
@@ -36,7 +35,6 @@ def state_of(run: Run) -> State:
     """Read a run's folder, which may not be there yet."""
     folder = RunFolder(run.recipe.output.run_dir)
     if summary := folder.finished():
-        require_summary(folder.summary, summary)
         return State(run, "finished", run.steps, summary["elapsed_s"], summary["val_loss"])
     rows = read_rows(folder.metrics, last_step=sys.maxsize)
     done, elapsed_s = (rows[-1]["step"], rows[-1]["elapsed_s"]) if rows else (0, 0.0)
