@@ -222,7 +222,7 @@ class TensorReader(FileSystemReader):
             entries = archive.infolist()
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
             if not stored or sum(entry.file_size for entry in entries) > sinfo.length:
-                raise pickle.UnpicklingError(f"{sinfo.relative_path} is compressed, which no checkpoint of isoflop is")
+                raise pickle.UnpicklingError(f"{sinfo.relative_path} is compressed, or claims more bytes than it has")
         return super()._slice_file(file, sinfo)
 
 
