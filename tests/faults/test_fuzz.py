@@ -135,14 +135,14 @@ def reseal_data(folder):
 
 def test_manifests(fuzz, data):
     folder, recipe = data
-    fuzz(folder / "manifest.json", lambda: open_data(recipe), 500, "manifest.json", json.loads)
+    fuzz(folder / "manifest.json", lambda: open_data(recipe), 500, "prepared folder", json.loads)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_tokenizers(fuzz, data, name):
     folder, recipe = data
     fuzz(
-        folder / "tokenizer" / name, lambda: open_data(recipe), 150, f"{name} of a prepared folder", json.loads,
+        folder / "tokenizer" / name, lambda: open_data(recipe), 150, "prepared folder", json.loads,
         reseal=lambda: reseal_data(folder),
     )  # fmt: skip
 
@@ -150,7 +150,7 @@ def test_tokenizers(fuzz, data, name):
 def test_shards(fuzz, data):
     folder, recipe = data
     shard = sorted(folder.glob("*train*.arrow"))[0]
-    fuzz(shard, lambda: open_data(recipe), 120, "shard of windows", reseal=lambda: reseal_data(folder))
+    fuzz(shard, lambda: open_data(recipe), 120, "prepared folder", reseal=lambda: reseal_data(folder))
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def load(run, toy_tree):
 def test_checkpoints(fuzz, run, load, name, examples, tree):
     path = run / "checkpoints/step-10"
     reseal = (lambda: None) if name == "checksums.json" else lambda: reseal_checkpoint(path)
-    fuzz(path / name, load, examples, f"{name} of a checkpoint", tree, reseal=reseal)
+    fuzz(path / name, load, examples, "checkpoint", tree, reseal=reseal)
 
 
 def test_recipes(fuzz, write_recipe):
@@ -206,7 +206,7 @@ def test_recipes(fuzz, write_recipe):
         load_recipe(file)
         load_recipe(file, ["training.max_tokens=4096", "tokenizer.name=x", "output.trackers=[]"])
 
-    fuzz(file, call, 600, "recipe", yaml.safe_load, yaml_of)
+    fuzz(file, call, 600, "recipe, law or sweep", yaml.safe_load, yaml_of)
 
 
 def test_laws(fuzz, tmp_path, toy_tree):
@@ -234,7 +234,7 @@ def test_laws(fuzz, tmp_path, toy_tree):
             law.extrapolates(law.size(model), 1e9)
             law.forecast(3.0, 0.7, "cosine", model, 1e9)
 
-    fuzz(file, call, 600, "law", yaml.safe_load, yaml_of)
+    fuzz(file, call, 600, "recipe, law or sweep", yaml.safe_load, yaml_of)
 
 
 def test_sweeps(fuzz, tmp_path, write_recipe):
@@ -245,7 +245,7 @@ def test_sweeps(fuzz, tmp_path, write_recipe):
         "peak_learning_rate": {"coefficient": 4.0, "exponent": -0.2}, "seeds": [1, 2],
     }  # fmt: skip
     file.write_bytes(yaml_of(tree))
-    fuzz(file, lambda: groups_of(load_suite(file)), 300, "sweep", yaml.safe_load, yaml_of)
+    fuzz(file, lambda: groups_of(load_suite(file)), 300, "recipe, law or sweep", yaml.safe_load, yaml_of)
 
 
 RESULTS = {
@@ -302,7 +302,7 @@ def test_run_folders(fuzz, run, undisturbed, name, examples):
             lambda rows: b"".join(json_of(row) + b"\n" for row in rows),
         ),
     }.get(name, (json.loads, json_of))
-    fuzz(run / name, call, examples, f"{Path(name).name} of a run", tree, dump, is_read=name != "metrics.jsonl")
+    fuzz(run / name, call, examples, "run's folder", tree, dump, is_read=name != "metrics.jsonl")
 
 
 @pytest.fixture
@@ -340,7 +340,7 @@ def test_folders_of_parts(fuzz, parts, tmp_path, name, examples):
         else:
             merge(recipe)
 
-    fuzz(kept / name, call, examples, f"{name.replace('json-00000', 'record')} of a folder of parts", json.loads)
+    fuzz(kept / name, call, examples, "folder of parts", json.loads)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst"])
@@ -353,4 +353,4 @@ def test_json_lines(fuzz, fifty_documents, name):
                 for _ in read_documents(table, number, Filter()):
                     pass
 
-    fuzz(fifty_documents / name, call, 250, name.replace("rows", "file of"))
+    fuzz(fifty_documents / name, call, 250, "file of JSON lines")

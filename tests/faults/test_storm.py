@@ -55,6 +55,7 @@ import contextlib, importlib, os, psutil, signal, threading, time
 def kill_job():
     ranks = [rank.pid for rank in psutil.Process(os.getppid()).children()]
     if os.fork() == 0:
+        os.closerange(3, 256)  # the lock of the run's folder among them, which must not outlive the ranks
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in ranks:
                 with contextlib.suppress(ProcessLookupError):

@@ -165,9 +165,7 @@ def test_an_empty_folder_is_filled_and_another_is_not_touched(fresh):
     folder.mkdir()
     prepare(fresh)
     (folder / "manifest.json").unlink()
-    with pytest.raises(
-        UserError, match=r"is not empty and is not a prepared folder: it holds"
-    ):
+    with pytest.raises(UserError, match=r"is not empty and is not a prepared folder: it holds"):
         prepare(fresh)
 
 
