@@ -225,3 +225,37 @@ pretrain.measure = killed
     tried(
         "`kill -9` between a save and its row, samples due and validation not, FSDP2 and HSDP", proof="the same command went on"
     )
+
+
+IN_THE_LAST_PICTURE = """
+import os, signal, matplotlib.figure
+save, calls = matplotlib.figure.Figure.savefig, []
+def killed(self, file, **named):
+    save(self, file, **named)
+    calls.append(1)
+    if len(calls) == 2:
+        job.saver.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+matplotlib.figure.Figure.savefig = killed
+import isoflop.pretrain as pretrain
+warm_up = pretrain.warm_up
+def keeping(given):
+    global job
+    job = given
+    warm_up(given)
+pretrain.warm_up = keeping
+"""
+
+
+def test_a_kill_in_the_last_picture(write_recipe, ranks, tried):
+    """Behind the last step's row and its checkpoint: the picture is drawn again, and nothing is left over."""
+    file = write_recipe()
+    folder = Path(load_recipe(file).output.run_dir)
+    assert ranks.start("cpu", file, code=IN_THE_LAST_PICTURE).wait() == [-signal.SIGKILL]
+    assert newest_whole(folder) == "step-10"
+    assert metrics_of(load_recipe(file))[-1]["step"] == 10
+    before = (folder / "loss.png").stat().st_mtime_ns
+    ranks.run("cpu", file)
+    assert (folder / "loss.png").stat().st_mtime_ns > before
+    assert list(folder.glob("*.partial*")) == []
+    tried("`kill -9` in the last picture of a run", proof="it is drawn again, with the last steps")
