@@ -32,9 +32,9 @@ TOY = {
 
 def test_every_command_is_there_and_listed():
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")}
-    assert scripts == {*COMMANDS, "gpu", "rows", "ways"}
+    assert scripts == {*COMMANDS, "gpu", "rows", "soak", "ways"}
     readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    assert all(f"python benchmarks/{name}.py" in readme for name in (*COMMANDS, "gpu"))
+    assert all(f"python benchmarks/{name}.py" in readme for name in (*COMMANDS, "gpu", "soak"))
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "gpu"])

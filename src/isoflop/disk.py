@@ -35,10 +35,14 @@ def write_aside(file: Path, text: str) -> None:
 def lock(file: Path, key: str, remedy: str) -> IO[str]:
     """Lock a folder by a file in it for as long as the result is open; the kernel lets go however the process ends.
 
-    Raises `UserError` with the holder's name where another process has it; `key` is what the user called the folder.
+    Raises `UserError` with the holder's name where another process has it, and where the folder cannot be written; `key` is what
+    the user called the folder.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    held = file.open("a+", encoding="utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = file.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{key} cannot be written: {error.strerror}; name another folder") from None
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

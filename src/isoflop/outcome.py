@@ -1,4 +1,4 @@
-"""What a run ends with, and shows on its way: samples of text, the exported model, the summary, the push to the Hub."""
+"""What a run ends with, and shows on its way: samples of text, the picture, the exported model, the summary, the push."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from isoflop import cost
 from isoflop.errors import UserError, is_disk_full
 from isoflop.export import export_checkpoint
 from isoflop.job import Job, told
+from isoflop.loss_curve import draw_curve
 from isoflop.metrics import MetricsLog
 from isoflop.recipe import Recipe
 from isoflop.records import Row, TrainingCurve, describe_steps, is_sample, missing_steps, read_records, read_rows
@@ -71,6 +72,18 @@ def write_samples(job: Job, step: int, log: MetricsLog) -> None:
     log.write_samples(step, texts)
     if evaluation.sample_every and step % evaluation.sample_every == 0:  # the last ones stand in the report
         log.say("\n".join(f"step {step}: sample: {text!r}" for text in texts))
+
+
+def draw(job: Job, log: MetricsLog) -> None:
+    """Draw the curve so far, on the main process."""
+    if not job.accelerator.is_main_process:
+        return
+    title = f"{job.folder.path.name}: {cost.parameters(job.recipe.model) / 1e6:,.1f}M parameters"
+    total_tokens = job.num_steps * job.recipe.training.tokens_per_step
+    try:
+        draw_curve(log.curve, job.folder.curve, title, job.validation_facts[1], job.promised(), total_tokens)
+    except OSError as error:  # a picture that can be drawn again
+        log.say(f"{job.folder.curve} not drawn: {error}")
 
 
 def summarize(job: Job, curve: TrainingCurve) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from isoflop import cost
 from isoflop.anomaly import find_anomaly, remember
 from isoflop.checkpoint.folder import list_checkpoints
 from isoflop.cpu import keep_freed_memory
@@ -25,17 +24,16 @@ from isoflop.errors import UserError
 from isoflop.flight_recorder import describe_dumps, enable_flight_recorder
 from isoflop.garbage import StepCollector, collected_by_hand
 from isoflop.job import Job, build_job, check_data, describe, require_disk
-from isoflop.loss_curve import draw_curve
 from isoflop.metrics import LayerNorms, MetricsLog, full_tensor, layer_norms, peak_memory_bytes, start_trackers
 from isoflop.optim import learning_rate
-from isoflop.outcome import finish, forecast, push_to_hub, report, run_downstream, write_samples
+from isoflop.outcome import draw, finish, forecast, push_to_hub, report, run_downstream, write_samples
 from isoflop.output import note_in
 from isoflop.profiling import StepProfiler, profile_steps
 from isoflop.publish.upload import check_hub
 from isoflop.recipe import Output, Recipe, flatten
 from isoflop.recipe_file import to_yaml
 from isoflop.records import Row
-from isoflop.resume import NEWEST, Progress, load_checkpoint, roll_back, save_checkpoint
+from isoflop.resume import NEWEST, Progress, load_checkpoint, prune_checkpoints, roll_back, save_checkpoint
 from isoflop.run_ahead import Readback, update_unless
 from isoflop.run_folder import RunFolder
 from isoflop.stop import EXIT_RESUME, StopRequest, leave_after_lost_rank
@@ -103,6 +101,9 @@ def carry_out(job: Job, resume: str | None, eval_only: bool, dry_run: bool, num_
             completed = train(job, log, progress, profiler, collector)
             job.saver.wait()  # before the profiler writes: within a grace period the checkpoint comes first
             job.saver.close()
+            if completed:  # also where a launch was killed behind its last step
+                prune_checkpoints(job, log.curve, job.num_steps)
+                draw(job, log)
     finally:
         log.close()
     if completed:
@@ -313,13 +314,8 @@ def measure(job: Job, log: MetricsLog, row: Row) -> bool:
     if step == job.num_steps or (evaluation.sample_every and step % evaluation.sample_every == 0):
         write_samples(job, step, log)
     log.write(row | scores)  # the last thing of a step: a run that resumes does again what was due, where the row is missing
-    if (due or scores) and job.accelerator.is_main_process:
-        title = f"{job.folder.path.name}: {cost.parameters(job.recipe.model) / 1e6:,.1f}M parameters"
-        total_tokens = job.num_steps * job.recipe.training.tokens_per_step
-        try:
-            draw_curve(log.curve, job.folder.curve, title, job.validation_facts[1], job.promised(), total_tokens)
-        except OSError as error:  # a picture that can be drawn again
-            log.say(f"{job.folder.curve} not drawn: {error}")
+    if (due or scores) and step < job.num_steps:
+        draw(job, log)
     return True
 
 

@@ -16,7 +16,7 @@ from isoflop.checkpoint.state import is_zero, load_tensors
 from isoflop.errors import UserError
 from isoflop.job import Job
 from isoflop.metrics import MetricsLog
-from isoflop.records import Row, finite, is_row
+from isoflop.records import Row, TrainingCurve, finite, is_row
 from isoflop.untrusted import shown
 
 NEWEST = "newest"
@@ -41,21 +41,33 @@ class Progress:
 def save_checkpoint(job: Job, log: MetricsLog, progress: Progress) -> None:
     """Begin to save; training goes on meanwhile."""
     log.sync()
-    output, folder = job.recipe.output, job.folder.checkpoints
-    measured = {row["step"]: row["val_loss"] for row in log.curve.measured if row["val_loss"] is not None}
+    progress_step = progress.step  # training goes on meanwhile
 
     def when_whole() -> None:
-        there = [step for step in map(checkpoints.step_of, checkpoints.list_checkpoints(folder)) if step in measured]
-        try:
-            best = sorted(there, key=measured.__getitem__)[:1]
-            checkpoints.prune(folder, output.keep_last, output.keep_every, keep=best + output.checkpoint_at)
-        except OSError as error:  # the new one is whole; what could not be deleted is tried again at the next
-            print(f"{folder}: an old checkpoint was not deleted: {error}", file=sys.stderr, flush=True)
+        prune_checkpoints(job, log.curve, progress_step)
         if job.push:
             job.push.start()
 
     state = asdict(progress) | {"data": job.manifest.fingerprint()}
     job.saver.save(progress.step, job.training_model, job.inner_optimizer, state, then=when_whole)
+
+
+def prune_checkpoints(job: Job, curve: TrainingCurve, saved_step: int) -> None:
+    """Delete what the recipe does not keep once a step is saved, on the main process.
+
+    The checkpoint of the least validation loss stays. A step is saved before it is validated, and counts from the next save on.
+    """
+    if not job.accelerator.is_main_process:
+        return
+    output, folder = job.recipe.output, job.folder.checkpoints
+    measured = {row["step"]: row["val_loss"] for row in list(curve.measured) if row["step"] < saved_step}
+    listed = map(checkpoints.step_of, checkpoints.list_checkpoints(folder))
+    there = [step for step in listed if measured.get(step) is not None]
+    try:
+        best = sorted(there, key=measured.__getitem__)[:1]
+        checkpoints.prune(folder, output.keep_last, output.keep_every, keep=best + output.checkpoint_at)
+    except OSError as error:  # the new one is whole; what could not be deleted is tried again at the next
+        print(f"{folder}: an old checkpoint was not deleted: {error}", file=sys.stderr, flush=True)
 
 
 def load_checkpoint(job: Job, resume: str | None, eval_only: bool) -> Progress:

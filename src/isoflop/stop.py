@@ -123,7 +123,10 @@ def leave_after_lost_rank(error: RuntimeError) -> None:
 
     gloo says so as soon as the other's connection closes. On GPUs too the stop request asks over gloo at each micro-batch.
     """
-    lost = ("Connection closed by peer", "Connection reset by peer", "Read error", "Broken pipe", "Timed out waiting")
+    lost = (
+        "Connection closed by peer", "Connection reset by peer", "Connection was likely closed", "Read error", "Broken pipe",
+        "Timed out waiting",
+    )  # fmt: skip
     if dist.is_initialized() and any(sign in str(error) for sign in lost):
         print(
             f"rank {dist.get_rank()}: another process of this run is gone ({str(error).splitlines()[0]}); leaving, the same"

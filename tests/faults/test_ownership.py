@@ -97,6 +97,12 @@ def test_a_file_in_the_place_of_a_folder(tmp_path, toy_recipe, run_in_process):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_that_cannot_be_made(write_recipe):
+    done = run_command("python", "scripts/pretrain.py", write_recipe(output__run_dir="/proc/none/run"), check=False)
+    assert done.returncode == 2
+    assert "error: output.run_dir = '/proc/none/run' cannot be written: No such file or directory; name another" in done.stderr
+
+
 def test_logs_of_ones_own_are_no_obstacle(tmp_path, toy_recipe, run_in_process):
     """`... | tee runs/x/train.log`, and Slurm's."""
     folder = tmp_path / "run"

@@ -173,12 +173,10 @@ def newest_whole(folder):
 
 
 def require_same(recipe, expected, retained):
-    """What is left is that of an undisturbed run; a kill between the last save and its pruning may leave one checkpoint more."""
+    """What is left is that of an undisturbed run."""
     found = end_of(recipe)
     assert [name for name in expected if found[name] != expected[name]] == []
-    kept = checkpoint_names(recipe)
-    assert retained <= kept
-    assert len(kept - retained) <= 1
+    assert checkpoint_names(recipe) == retained
 
 
 @pytest.mark.parametrize(

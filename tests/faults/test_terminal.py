@@ -18,6 +18,7 @@ from isoflop.recipe_file import load_recipe
 from isoflop.stop import EXIT_RESUME
 
 PYTHON = [sys.executable, "scripts/pretrain.py"]
+LONG = {"training__max_steps": 100_000, "evaluation__validate_every": 100_000, "output__checkpoint_every": 100_000}
 SAME = "the run ended well, bit for bit as an undisturbed one; one note in its folder"
 
 
@@ -25,6 +26,14 @@ def notes_of(recipe):
     """Lines of the note, without their times."""
     file = Path(recipe.output.run_dir) / "output_errors.txt"
     return [re.sub(r"^\S+ pid \d+: ", "", line) for line in file.read_text().splitlines()]
+
+
+def wait_for_rows(file, size_bytes):
+    """Wait until a run has written so much."""
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.stat().st_size > size_bytes):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
@@ -131,16 +140,13 @@ def test_under_nohup_a_hang_up_changes_nothing(write_recipe, ranks, undisturbed)
 
 def test_a_terminal_that_is_closed(write_recipe, tried):
     """A real one: the kernel sends SIGHUP, and every write fails from then on."""
-    file = write_recipe(training__max_steps=100_000, evaluation__validate_every=100_000, output__checkpoint_every=100_000)
-    recipe = load_recipe(file)
+    recipe = load_recipe(file := write_recipe(**LONG))
     rows = Path(recipe.output.run_dir) / "metrics.jsonl"
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
         os.execv(PYTHON[0], [*PYTHON, str(file)])
-    deadline = time.monotonic() + 120
-    while not (rows.exists() and rows.stat().st_size > 10_000) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for_rows(rows, 10_000)
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == EXIT_RESUME
@@ -151,17 +157,47 @@ def test_a_terminal_that_is_closed(write_recipe, tried):
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
+def test_under_nohup_torchrun_ends_a_run_unless_it_is_told_not_to(write_recipe, tried):
+    """It handles SIGHUP even where that is ignored; the guide's variable keeps it from doing so."""
+    for handled, ends in (({}, True), ({"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT"}, False)):
+        recipe = load_recipe(file := write_recipe(f"{ends}", **LONG))
+        rows = Path(recipe.output.run_dir) / "metrics.jsonl"
+        command = [
+            "nohup",
+            "accelerate",
+            "launch",
+            "--config_file",
+            "accelerate_configs/2cpu_ddp.yaml",
+            "--main_process_port",
+            "0",
+        ]
+        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **handled}
+        with subprocess.Popen(
+            [*command, "scripts/pretrain.py", str(file)], cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:  # fmt: skip
+            wait_for_rows(rows, 10_000)
+            os.killpg(process.pid, signal.SIGHUP)
+            if not ends:
+                wait_for_rows(rows, 2 * rows.stat().st_size)
+                assert process.poll() is None
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=120)
+        newest = checkpoints.newest_whole(Path(recipe.output.run_dir) / "checkpoints")
+        assert checkpoints.step_of(newest) == metrics_of(recipe)[-1]["step"]
+    tried("SIGHUP to a launch of two ranks under nohup", 2, proof="saved; with the guide's variable the run went on")
+
+
+@pytest.mark.slow
 def test_a_launch_whose_shell_hangs_up(write_recipe, tried):
     """SIGHUP to the whole process group of `accelerate launch`, one process, as a shell sends it when its window closes."""
-    file = write_recipe(training__max_steps=100_000, evaluation__validate_every=100_000, output__checkpoint_every=100_000)
-    recipe = load_recipe(file)
+    recipe = load_recipe(file := write_recipe(**LONG))
     rows = Path(recipe.output.run_dir) / "metrics.jsonl"
     command = ["accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", "scripts/pretrain.py", str(file)]
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not (rows.exists() and rows.stat().st_size > 10_000) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for_rows(rows, 10_000)
         os.killpg(process.pid, signal.SIGHUP)
         process.wait(timeout=60)
     deadline = time.monotonic() + 60
