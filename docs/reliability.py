@@ -54,9 +54,14 @@ NOTES = """
 - **Anomalies**: `anomalies.policy` in the recipe is `stop`, `skip` (the update is left out) or `rollback` (to the newest
   checkpoint, and past the batches up to this one); `anomalies.spike_sigmas: 6` counts jumps above the mean of the last 128
   steps too. DeepSpeed cannot skip: it updates the weights before anyone sees the gradients.
-- **Security**: tensors are read with `weights_only`; a checkpoint's table of contents, a pickle of torch's, may name
-  descriptions of tensors alone; `trust_remote_code` is set nowhere; names in manifests and checksums are names of files in
-  their own folder.
+- **Whose files**: a run writes into a folder that is new, empty or a run's by its lock file or `environment.json`; the same
+  holds for prepared folders, reports, laws and evaluations. Only files that this program wrote are deleted: what somebody else
+  put into `model/` or `checkpoints/step-N/` stays.
+- **Files of others**: tensors are read with `weights_only` and never decompressed; a checkpoint's table of contents, a pickle of
+  torch's, may name descriptions of tensors alone; `trust_remote_code` is never on; names and links that lead out of a folder
+  are refused; sizes, nesting and YAML aliases are bounded before anything is built.
+- **Credentials** are found by their published shape, in URLs, by their name, and by the values that the environment holds. A
+  recipe with one is refused; elsewhere they are hidden in all that is written, printed or pushed.
 
 Not tried here: anything on a GPU (NCCL, CUDA copies), and a power cut (files and folders are synced before a checkpoint gets
 its name).
