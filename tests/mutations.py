@@ -81,7 +81,9 @@ def retyped(draw, tree):
         elif change == "rename" and isinstance(parent, dict):
             parent[draw(st.sampled_from(["x", "", "../x", "/etc/passwd", "a\0", "é", str(key).upper()]))] = parent.pop(key)
         elif change == "add" and isinstance(parent, dict):
-            parent[draw(st.sampled_from(["x", "../x", "auto_map", "tokenizer_file", "name"]))] = draw(st.sampled_from(VALUES))
+            parent[draw(st.sampled_from(["x", "../x", "auto_map", "tokenizer_file", "name"]))] = copy.deepcopy(
+                draw(st.sampled_from(VALUES))
+            )
         elif change == "add":
             parent.append(copy.deepcopy(draw(st.sampled_from(VALUES))))
         elif change == "swap":

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from isoflop.errors import UserError
 from isoflop.recipe_file import explain_errors
@@ -24,12 +24,14 @@ Loss = Annotated[float, AfterValidator(_positive_or_nan)]
 
 
 class Summary(BaseModel):
-    """The keys that are read back, with their types."""
+    """The keys that are read back, with their types; a number in quotes is none."""
+
+    model_config = ConfigDict(strict=True)
 
     steps: Count
     tokens: Count
     parameters: Count
-    flops: Annotated[int, Field(gt=0, lt=10**100)]
+    flops: Annotated[float, Field(gt=0, lt=1e100)]
     loss: float | None
     val_loss: Loss
     bits_per_byte: Loss
@@ -42,7 +44,7 @@ class Summary(BaseModel):
     samples: list[str]
     law: str | None = None
     predicted_loss: Loss | None = None
-    predicted_loss_interval: tuple[Loss, Loss] | None = None
+    predicted_loss_interval: Annotated[tuple[Loss, Loss], Field(strict=False)] | None = None
     prediction_error: float | None = None
     inside_interval: bool | None = None
 

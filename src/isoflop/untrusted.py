@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def read_bytes(file: Path, most_bytes: int, remedy: str) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; {remedy}") from None
+        name = str(file) if error.errno != errno.ENAMETOOLONG else shown(str(file))
+        raise UserError(f"{name} cannot be read: {error.strerror}; {remedy}") from None
     except ValueError as error:  # of a path with a NUL character
         raise UserError(f"{shown(str(file))} cannot be read: {error}; {remedy}") from None
     if len(content) > most_bytes:

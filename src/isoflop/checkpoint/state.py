@@ -200,6 +200,9 @@ class TensorReader(FileSystemReader):
         try:
             content = read_bytes(folder / ".metadata", MOST_METADATA_BYTES, "use another checkpoint")
             metadata: dcp_metadata.Metadata = _Descriptions(io.BytesIO(content)).load()
+            for one in metadata.state_dict_metadata.values():
+                if not isinstance(one, dcp_metadata.TensorStorageMetadata) or not isinstance(one.properties.dtype, torch.dtype):
+                    raise pickle.UnpicklingError("it describes what is no tensor")
             places = metadata.storage_data.values()
             for name in {place.relative_path for place in places}:
                 if Path(name).name != name:

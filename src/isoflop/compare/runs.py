@@ -175,7 +175,7 @@ def scores_of_run(run: Run) -> dict[tuple[str, str], Score]:
     last: dict[tuple[str, str], Score] = {}
     for row in run.rows:
         for key in row:
-            if "/" in key and not key.endswith("_stderr") and isinstance(row[key], int | float):
+            if "/" in key and key.isprintable() and not key.endswith("_stderr") and isinstance(row[key], int | float):
                 (task, metric), error = key.split("/", 1), row.get(f"{key}_stderr")
                 last[task, metric] = Score(task, metric, row[key], error if isinstance(error, int | float) else None, 0, True)
     return last | {(score.task, score.metric): score for score in read_scores(run.folder.evaluations)}

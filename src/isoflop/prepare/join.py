@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from isoflop.data.contamination import overlaps
 from isoflop.data.manifest import FILE_NAME, SPLITS, Manifest, Overlap, PreparedSource, Shard, Split, SplitName
@@ -17,6 +18,7 @@ from isoflop.errors import UserError
 from isoflop.prepare.corpus import CORPUS_FILE, Facts, PartName, Record, read_document
 from isoflop.prepare.part import LOOKUP_FILE
 from isoflop.recipe import Recipe
+from isoflop.recipe_file import explain_errors
 from isoflop.untrusted import shown
 
 # What prepare writes while parts gather, and leaves out of the prepared folder.
@@ -39,15 +41,19 @@ def join(recipe: Recipe, facts: Facts, folder: Path) -> Manifest:
         for name in facts.num_parts
     }
     _require_windows(recipe, sources)
-    manifest = Manifest(
-        made_from=facts.made_from,
-        engine=facts.engine,
-        dtype=facts.dtype,
-        sequence_length=recipe.training.sequence_length,
-        tokenizer=facts.tokenizer,
-        sources=sources,
-        contamination=_contamination(recipe, folder, list(records.values())),
-    )
+    contamination = _contamination(recipe, folder, list(records.values()))
+    try:
+        manifest = Manifest(
+            made_from=facts.made_from,
+            engine=facts.engine,
+            dtype=facts.dtype,
+            sequence_length=recipe.training.sequence_length,
+            tokenizer=facts.tokenizer,
+            sources=sources,
+            contamination=contamination,
+        )
+    except ValidationError as error:  # of counts in the records that do not go together
+        raise UserError(f"{folder}: {explain_errors(error, Manifest)}; delete it and prepare it again") from None
     write_aside(folder / FILE_NAME, manifest.model_dump_json(indent=1) + "\n")
     kept = {FILE_NAME, "tokenizer", *(shard.name for shard in manifest.shards())}
     for file in folder.iterdir():

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from isoflop.errors import UserError
 from isoflop.publish.redaction import published_environment, published_recipe, published_results
@@ -27,12 +27,16 @@ CARD, RECIPE = "README.md", "recipe.yaml"
 EVENTS = "logs/events.out.tfevents.0.isoflop"  # always this name: a later push of the same run finds it there
 
 
-class _Hardware(BaseModel):
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Hardware(_Part):
     cpu_cores: int | None
     gpus: list[str]
 
 
-class _How(BaseModel):
+class _How(_Part):
     num_processes: int
     distributed_type: str
     mixed_precision: str
@@ -40,7 +44,7 @@ class _How(BaseModel):
     resumed_from_step: int
 
 
-class _Launch(BaseModel):
+class _Launch(_Part):
     """What of a launch is read back."""
 
     started_at: Annotated[str, AfterValidator(lambda text: datetime.fromisoformat(text).isoformat())]
@@ -133,7 +137,8 @@ def event_file(rows: list[Row], started: float) -> bytes:
     writer = RecordWriter(stream)
     writer.write(Event(wall_time=started, file_version="brain.Event:2").SerializeToString())
     for row in rows:
-        scalars = {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
+        numbers = {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
+        scalars = {key: value for key, value in numbers.items() if key.isprintable()}
         summary = Summary(value=[Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()])
         writer.write(Event(wall_time=started + row["elapsed_s"], step=row["step"], summary=summary).SerializeToString())
     return stream.getvalue()

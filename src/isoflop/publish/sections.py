@@ -114,7 +114,7 @@ def data(recipe: Recipe, prepared_dir: str, summary: dict[str, Any]) -> str:
         counts = order.counts(summary["tokens"] // recipe.training.sequence_length)
         for name, count, size in zip(shares, counts, order.sizes, strict=True):
             commit = manifest.sources[name].revision or "n/a"
-            rows[name][1:] = [f"{count / sum(counts):.2%}", f"{count / size:.2f}", commit]
+            rows[name][1:] = [f"{count / max(1, sum(counts)):.2%}", f"{count / size:.2f}", commit]
     return markdown(["source", "share of the tokens", "epochs", "commit"], rows.values())
 
 
