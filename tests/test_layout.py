@@ -27,6 +27,7 @@ LAYERS = {
 }  # fmt: skip
 SAME_LAYER = {
     ("isoflop.disk", "isoflop.errors"),
+    ("isoflop.disk", "isoflop.untrusted"),
     ("isoflop.hardware", "isoflop.errors"),
     ("isoflop.run_folder", "isoflop.summary"),  # what one of its files holds
     ("isoflop.untrusted", "isoflop.errors"),

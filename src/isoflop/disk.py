@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from isoflop.errors import UserError
+from isoflop.untrusted import MOST_JSON_BYTES
 
 
 def sha256(file: Path) -> str:
@@ -117,7 +118,7 @@ def require_own_files(files: Sequence[Path], key: str, keys: Sequence[str]) -> N
 def has_keys(file: Path, keys: Sequence[str]) -> bool:
     """Whether a file is a JSON object with these keys."""
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= MOST_JSON_BYTES else None
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(tree, dict) and set(keys) <= set(tree)

@@ -15,6 +15,7 @@ from pydantic import model_validator as checked_by
 from isoflop.credentials import REMEDY, find_in_tree
 from isoflop.errors import UserError
 from isoflop.recipe_data import Data, Section, Tokenizer, require_one_of
+from isoflop.untrusted import shown
 
 # Keys of `training` that say how a step is executed: memory and speed, and the last bits of a sum, change with them.
 _EXECUTION = ("compile", "kernels", "gradient_reduction")
@@ -396,4 +397,4 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old -> new` for every value that changed."""
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return [f"{key}: {shown(old.get(key))} -> {shown(new.get(key))}" for key in sorted(old | new) if old.get(key) != new.get(key)]

@@ -109,4 +109,6 @@ def _bad_line(file: Path) -> str | None:
             except json.JSONDecodeError as error:
                 if line.strip():
                     return f"{name_of(file)}: line {number} is not JSON: {error.msg} at column {error.colno}"
+            except RecursionError:
+                return f"{name_of(file)}: line {number} is nested too deep"
     return None

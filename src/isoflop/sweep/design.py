@@ -9,7 +9,7 @@ from typing import Any
 from isoflop import cost
 from isoflop.errors import UserError
 from isoflop.families import Family, family_of
-from isoflop.recipe import Model, Recipe
+from isoflop.recipe import LARGEST_TRIED, Model, Recipe
 from isoflop.scaling.laws import Law
 from isoflop.sweep.suite import Suite
 
@@ -142,7 +142,8 @@ def _run(suite: Suite, base: Recipe, model: Model, flops: float, group: list[flo
         unit = sequence_length * WINDOWS
         tokens_per_step = unit * max(1, round(suite.tokens_per_step.at(rule_flops) / unit))
     windows = tokens_per_step // sequence_length
-    micro_batch_size = max(m for m in range(1, base.training.micro_batch_size + 1) if windows % m == 0)
+    largest = min(base.training.micro_batch_size, windows, LARGEST_TRIED)
+    micro_batch_size = max(m for m in range(1, largest + 1) if windows % m == 0)
     steps = round(flops / cost.flops_per_token(model, sequence_length) / tokens_per_step)
     parameters = cost.parameters(model)
     if steps < FEWEST_STEPS:
