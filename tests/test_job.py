@@ -104,7 +104,7 @@ def test_resuming_on_other_windows_made_from_the_same_recipe(toy_recipe, run_in_
     (Path(recipe.output.run_dir) / "summary.json").unlink()
     manifest = json.loads((own_data / "manifest.json").read_text())
     splits = manifest["sources"]["text"]["splits"]
-    splits["train"]["shards"] = splits["validation"]["shards"]
+    splits["train"] |= {key: splits["validation"][key] for key in ("shards", "windows")}
     (own_data / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"holds other windows than .*step-10 was trained on"):
         run_in_process(recipe)
