@@ -88,7 +88,7 @@ def require_own_folder(folder: Path, key: str, kind: str, early: Sequence[str], 
     """Refuse a folder that holds somebody else's files. Raises `UserError` with the names of some.
 
     `kind` is what it would have to be, `is_own` tells from its content. Files of the names `early` are there before that can be
-    told: alone they are ours. So are people's logs.
+    decided: alone they are ours. So are people's logs.
     """
     try:
         names = sorted(path.name for path in folder.iterdir() if not path.name.endswith(LOGS))

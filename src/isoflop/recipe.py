@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as checked_by
 
-from isoflop.credentials import REMEDY, find_in_tree
 from isoflop.errors import UserError
-from isoflop.recipe_data import Data, Section, Tokenizer, require_one_of
+from isoflop.recipe_data import Data, Document, Section, Tokenizer, require_one_of
 from isoflop.untrusted import shown
 
 # Keys of `training` that say how a step is executed: memory and speed, and the last bits of a sum, change with them.
@@ -330,7 +329,7 @@ class Hub(Section):
     """The model's licence by the Hub's identifier (apache-2.0, mit, odc-by ...); `unknown` where not given."""
 
 
-class Recipe(Section):
+class Recipe(Document):
     """One run, whole."""
 
     model: Model
@@ -347,13 +346,6 @@ class Recipe(Section):
     """A law that `scripts/fit.py` wrote, or a published one by name: its prediction is held against the run."""
     seed: NonNegativeInt = 1337
     """Initial weights, the order of the windows and dropout follow from it."""
-
-    @checked_by(mode="before")
-    @classmethod
-    def _hold_no_credential(cls, given: Any) -> Any:
-        if found := find_in_tree(given):
-            raise UserError(f"{found}; {REMEDY}")  # pydantic's own error would show the value
-        return given
 
     @checked_by(mode="after")
     def _parts_agree(self) -> Self:

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from pydantic import model_validator as checked_by
+
+from isoflop.credentials import REMEDY, find_in_tree
+from isoflop.errors import UserError
 
 
 class Section(BaseModel):
     """Frozen, strictly typed, and refusing every key that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Document(Section):
+    """A whole file of sections. It is published with its runs, so none may hold a credential."""
+
+    @checked_by(mode="before")
+    @classmethod
+    def _hold_no_credential(cls, given: Any) -> Any:
+        if found := find_in_tree(given):
+            raise UserError(f"{found}; {REMEDY}")  # pydantic's own error would show the value
+        return given
 
 
 def require_one_of(section: Section, *keys: str) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterable
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -45,8 +46,7 @@ class StopRequest:
         # The kernel's handler writes to this socket even while the main thread is inside a library that never returns.
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        heard = [number for number in self.SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._handle) for number in heard}
+        self._before = {number: signal.signal(number, self._handle) for number in without_nohup(self.SIGNALS)}
         self._watcher.start()
         return self
 
@@ -96,6 +96,11 @@ class StopRequest:
         flag = torch.tensor([float(self.signal is not None)])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
+
+
+def without_nohup(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """The signals without SIGHUP where nohup has it ignored."""
+    return [number for number in signals if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def grace_s() -> float:

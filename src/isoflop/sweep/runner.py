@@ -20,7 +20,7 @@ from isoflop.checkpoint.folder import list_checkpoints
 from isoflop.disk import lock, write_aside
 from isoflop.recipe_file import to_yaml
 from isoflop.run_folder import RunFolder
-from isoflop.stop import EXIT_RESUME, end_with_parent
+from isoflop.stop import EXIT_RESUME, end_with_parent, without_nohup
 from isoflop.sweep.design import Group, Run
 from isoflop.sweep.state import state_of
 
@@ -71,10 +71,8 @@ class Runner:
 
     def train(self) -> int:
         """Train all that is neither finished nor in another process's hands; returns the exit code."""
-        heard = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else under nohup
-            heard.append(signal.SIGHUP)
-        before = {number: signal.signal(number, self._stop) for number in heard}
+        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._stop) for number in without_nohup(heard)}
         try:
             queue = list(self.groups)
             while (queue and not self.signal) or self.running:

@@ -13,10 +13,9 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from pydantic import model_validator as checked_by
 
-from isoflop.credentials import REMEDY, find_in_tree
 from isoflop.errors import UserError
 from isoflop.recipe import Recipe
-from isoflop.recipe_data import Section, require_one_of
+from isoflop.recipe_data import Document, Section, require_one_of
 from isoflop.recipe_file import MOST_YAML_BYTES, explain_errors, load_recipe, parse_yaml
 from isoflop.untrusted import read_text
 
@@ -44,7 +43,7 @@ class Around(Section):
     ratio: Annotated[float, Field(gt=1.0, le=100.0)] = 2.0
 
 
-class Suite(Section):
+class Suite(Document):
     """Budgets x sizes. Budgets are FLOPs, or tokens per parameter; sizes are around each budget's centre, or the same for all."""
 
     recipe: str
@@ -77,13 +76,6 @@ class Suite(Section):
     """One run of each for every seed; the recipe's own where not given."""
     output_dir: str
     """Holds a folder for each run, and the law."""
-
-    @checked_by(mode="before")
-    @classmethod
-    def _hold_no_credential(cls, given: Any) -> Any:
-        if found := find_in_tree(given):
-            raise UserError(f"{found}; {REMEDY}")  # pydantic's own error would show the value
-        return given
 
     @checked_by(mode="after")
     def _one_design(self) -> Self:
