@@ -7,15 +7,17 @@ BIN := .venv/bin
 # One thread for the test processes: several at once on few cores slow one another down many times over.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
+PYTEST := -n 2 --dist worksteal --durations=25
+
 # In a process of its own: all other tests hide the GPUs, since they state what a CPU does.
 TEST_GPU = if $(BIN)/python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \
 	$(TEST_ENV) ISOFLOP_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/gpu; else echo "tests/gpu: torch sees no GPU here"; fi
 
-.PHONY: quickstart setup test test-all check lint types schema constraints figures pages
+.PHONY: quickstart setup test test-unit test-all check lint types schema constraints figures pages
 
 quickstart: .venv/installed
 	$(BIN)/python scripts/prepare.py recipes/quickstart.yaml $(OVERRIDES)
-	config="$(strip $(CONFIG))"; [ -n "$$config" ] || config="$$($(BIN)/python -m isoflop.devices)"; \
+	config="$(strip $(CONFIG))"; [ -n "$$config" ] || config="$$($(BIN)/python -m isoflop.train.devices)"; \
 	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/$$config.yaml scripts/pretrain.py recipes/quickstart.yaml $(OVERRIDES)
 
 setup: .venv/installed
@@ -27,12 +29,21 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,tracking]'
 	touch $@
 
-test: setup lint types
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+# The newest transformers of the generation before, for the tests that open what is exported with it.
+build/transformers4: tests/unit/publish/transformers4.txt
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ -r $<
+
+test: setup lint types build/transformers4
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST) -m "not slow and not gpu"
 	$(TEST_GPU)
 
-test-all: setup lint types
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+# What starts no run of its own: the tests beside each package.
+test-unit: setup
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST) -m "not slow and not gpu and not distributed" tests/unit
+
+test-all: setup lint types build/transformers4
+	$(TEST_ENV) ISOFLOP_TEST_REAL=1 $(BIN)/python -m pytest $(PYTEST) -m "not gpu"
 	$(TEST_GPU)
 
 check: test
@@ -41,14 +52,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Against an installed copy, since modeling/ and src/isoflop/ make one package there; this also proves that the wheel is whole.
 types: setup
-	rm -rf build/types
-	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
-	cd build/types && ../../$(BIN)/mypy --config-file ../../setup.cfg -p isoflop
+	MYPYPATH=src $(BIN)/mypy -p isoflop
 
 schema: setup
-	$(BIN)/python -m isoflop.recipe_file > recipes/schema.json
+	$(BIN)/python -m isoflop.config.loading > recipes/schema.json
 
 # After an upgrade in .venv that passed `make test-all`.
 constraints: setup
@@ -57,17 +65,17 @@ constraints: setup
 
 # Pages and figures that are computed; docs/circle.md takes some 35 minutes and docs/ablation.md an hour, all others but docs/reproductions.md some ten each.
 pages: setup
-	$(BIN)/python docs/reproductions.py
-	$(BIN)/python docs/memory.py
-	$(BIN)/python docs/roofline.py
-	$(BIN)/python docs/reliability.py
-	$(BIN)/python -m pip install --quiet --target build/peers --no-deps -r docs/peers.txt
-	PYTHONPATH=build/peers $(BIN)/python docs/data.py
-	$(BIN)/python docs/performance.py
-	$(BIN)/python docs/circle.py
-	$(BIN)/python docs/ablation.py
+	$(BIN)/python benchmarks/pages/reproductions.py
+	$(BIN)/python benchmarks/pages/memory.py
+	$(BIN)/python benchmarks/pages/roofline.py
+	$(BIN)/python benchmarks/pages/reliability.py
+	$(BIN)/python -m pip install --quiet --target build/peers --no-deps -r benchmarks/pages/peers.txt
+	PYTHONPATH=build/peers $(BIN)/python benchmarks/pages/data.py
+	$(BIN)/python benchmarks/pages/performance.py
+	$(BIN)/python benchmarks/pages/circle.py
+	$(BIN)/python benchmarks/pages/ablation.py
 	$(BIN)/python -m pip install --quiet --no-deps --target build/chinchilla chinchilla==0.2.0 attrdictx ordinal seaborn ruamel.yaml
-	PYTHONPATH=build/chinchilla $(BIN)/python docs/laws.py $(LAWS_DATA)
+	PYTHONPATH=build/chinchilla $(BIN)/python benchmarks/pages/laws.py $(LAWS_DATA)
 
 figures:
 	cp runs/quickstart/loss.png docs/quickstart.png

@@ -18,8 +18,10 @@ from typing import Any
 
 from rows import parser_of, recipe_of, spread, write
 
-from isoflop import cost, pretrain
-from isoflop.prepare.command import prepare
+from isoflop.plan import cost
+from isoflop.prepare.run import prepare
+from isoflop.train import trainer as pretrain
+from isoflop.train.command import pretrain_command
 
 EVERY = 4  # steps between two saves
 
@@ -55,7 +57,8 @@ def measure(recipe: Any, folder: Path) -> dict[str, list[float]]:
     step, save = pretrain.train_step, pretrain.save_checkpoint
 
     def timed_step(job: Any, progress: Any) -> Any:
-        writing, started = bool(job.saver._in_flight and not job.saver._in_flight.done()), time.perf_counter()
+        save = job.checkpoints._saver._in_flight
+        writing, started = bool(save and not save.done()), time.perf_counter()
         row = step(job, progress)
         found["step beside a write" if writing else "step"].append(time.perf_counter() - started)
         return row
@@ -67,7 +70,7 @@ def measure(recipe: Any, folder: Path) -> dict[str, list[float]]:
         started = time.perf_counter()
         save(job, log, progress)
         found["isoflop: the call that stages a checkpoint"].append(time.perf_counter() - started)
-        if job.saver._in_flight.done():  # on a small model the step behind would find it written
+        if job.checkpoints._saver._in_flight.done():  # on a small model the step behind would find it written
             found["step beside a write"] += found["step"][-1:]
         aside, started = folder / "accelerate", time.perf_counter()
         job.accelerator.save_state(str(aside))
@@ -77,7 +80,7 @@ def measure(recipe: Any, folder: Path) -> dict[str, list[float]]:
 
     pretrain.train_step, pretrain.save_checkpoint = timed_step, timed_save
     with open(folder / "log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        pretrain.pretrain(recipe)
+        pretrain_command(recipe)
     return found
 
 

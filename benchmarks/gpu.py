@@ -153,10 +153,10 @@ def environment(given: argparse.Namespace, work: Path) -> dict[str, str]:
 
 
 def link_package(folder: Path) -> Path:
-    """A folder to import `isoflop` from, where it is not installed: the package lies in two places of the checkout."""
+    """A folder to import `isoflop` from, where it is not installed."""
     package = folder / "isoflop"
     package.mkdir(parents=True)
-    for entry in [*(ROOT / "src/isoflop").iterdir(), ROOT / "modeling"]:
+    for entry in (ROOT / "src/isoflop").iterdir():
         (package / entry.name).symlink_to(entry)
     number = next(line for line in (ROOT / "src/isoflop/__init__.py").read_text().splitlines() if "__version__" in line)
     facts = folder / "isoflop.dist-info"

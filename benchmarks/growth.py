@@ -27,13 +27,13 @@ import pyarrow as pa
 import torch
 from rows import ROOT, alone, in_turn, memory_of, parser_of, recipe_of, spread, write
 
-from isoflop import cost
-from isoflop.cpu import keep_freed_memory
+from isoflop.config.recipe import Recipe
 from isoflop.data.manifest import Shard
 from isoflop.data.order import Order
 from isoflop.data.windows import SHARD_BYTES, Windows
-from isoflop.recipe import Recipe
-from isoflop.training_model import build_training_model
+from isoflop.plan import cost
+from isoflop.train.cpu import tune_glibc_malloc
+from isoflop.train.training_model import build_training_model
 
 # The other sizes stay: 2 windows of 256 tokens, vocabulary 8,192, 4 layers of width 256.
 AXES: dict[str, tuple[int, ...]] = {
@@ -123,7 +123,7 @@ def step_rows(axis: str, sizes: tuple[int, ...], rounds: int) -> list[dict[str, 
 
 def step_seconds(axis: str, sizes: tuple[int, ...], rounds: int) -> list[list[float]]:
     """Seconds of a micro-batch at every size, in turn."""
-    keep_freed_memory()
+    tune_glibc_malloc()
     found = in_turn({f"{size:09d}": micro_batch(grown(axis, size)) for size in sizes}, rounds)
     return [found[f"{size:09d}"] for size in sizes]
 

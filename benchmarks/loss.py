@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from isoflop.cpu import keep_freed_memory
-from isoflop.modeling.loss import IGNORED, LossHead
+from isoflop.modeling.loss import IGNORE_INDEX, LossHead
+from isoflop.train.cpu import tune_glibc_malloc
 
 SHAPES = ("4096x2048x2048", "32000x2048x2048", "50304x768x4096", "128256x2048x2048")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -55,7 +55,7 @@ def losses(case: Case) -> dict[str, Callable[[], None]]:
         hidden.grad = weight.grad = None
 
     return {
-        "isoflop": lambda: work(lambda: heads[0](hidden, F.pad(ids[:, 1:], (0, 1), value=IGNORED)) / (case.tokens - 1)),
+        "isoflop": lambda: work(lambda: heads[0](hidden, F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)) / (case.tokens - 1)),
         "transformers": lambda: work(lambda: ForCausalLMLoss(heads[1](hidden), ids, case.vocab_size)),
     }
 
@@ -103,7 +103,7 @@ def main() -> None:
 
 def time_of(case: Case, rounds: int) -> dict[str, list[float]]:
     """Seconds of each way in each round, with memory kept for both."""
-    keep_freed_memory()
+    tune_glibc_malloc()
     return in_turn(losses(case), rounds)
 
 

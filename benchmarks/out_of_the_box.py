@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from rows import ROOT, paired, parser_of, recipe_of, spread, write
 
-from isoflop import cost
+from isoflop.config.recipe import Recipe
 from isoflop.data.manifest import read_manifest
 from isoflop.data.windows import Windows
-from isoflop.prepare.command import prepare
-from isoflop.recipe import Recipe
+from isoflop.plan import cost
+from isoflop.prepare.run import prepare
 
 SKIPPED = 3  # steps at the start of each run: allocation, moments, compilation
 

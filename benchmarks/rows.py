@@ -1,4 +1,4 @@
-"""What all benchmarks share: recipes of a size, ways in turn, processes alone, and the rows that docs/performance.py reads."""
+"""What all benchmarks share: recipes of a size, programs in turn, processes alone, and the rows of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from typing import Any
 import psutil
 import torch
 
-from isoflop.cpu import processor
-from isoflop.recipe import Recipe
-from isoflop.recipe_file import load_recipe
+from isoflop.config.loading import load_recipe
+from isoflop.config.recipe import Recipe
+from isoflop.train.cpu import processor
 
 ROOT = Path(__file__).parent.parent
 LIBRARIES = ("isoflop", "torch", "transformers", "accelerate", "datasets", "numpy")

@@ -6,7 +6,7 @@ again, SIGSTOP for some seconds, a full disk and room again, a dead tracker, a d
 child processes are sampled. Beside it the same recipe is trained undisturbed, without saves, pushes and trackers; the ends are
 compared bit for bit.
 
-Writes benchmarks/results/soak.json, which docs/reliability.py draws. Exit code 1 where the verdict is not "ok". The number of
+Writes benchmarks/results/soak.json, drawn by benchmarks/pages/reliability.py. Exit code 1 unless the verdict is ok. The number of
 steps follows from the pace of the first seconds: on a machine that is busy with something else later, it takes longer.
 """
 

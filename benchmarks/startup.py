@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rows import ROOT, in_turn, parser_of, recipe_of, spread, write
 
-from isoflop.prepare.command import prepare
+from isoflop.prepare.run import prepare
 
 RECIPE = "recipes/llama2_1.36b.yaml"
 COMMANDS = {

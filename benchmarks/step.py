@@ -25,8 +25,8 @@ import torch
 from rows import alone, paired, parser_of, recipe_of, spread, write
 from ways import Case, available, take_turns
 
-from isoflop import cost, hardware
-from isoflop.prepare.command import prepare
+from isoflop.plan import cost, hardware
+from isoflop.prepare.run import prepare
 
 WARMUP = 3  # steps that are not counted: allocation, moments, kernels
 # Of the matrix product that rates are compared with. A GPU reaches its rate on large ones alone, and multiplies ones or zeros

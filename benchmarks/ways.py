@@ -20,12 +20,12 @@ from rows import status_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isoflop.cpu import keep_freed_memory
+from isoflop.config.recipe import Gpt2Model, LlamaModel, Recipe, gradient_accumulation_steps
 from isoflop.data.manifest import read_manifest
 from isoflop.data.windows import Windows
-from isoflop.optim import build_optimizer
-from isoflop.recipe import Gpt2Model, LlamaModel, Recipe, require_whole_steps
-from isoflop.training_model import build_training_model
+from isoflop.train.cpu import tune_glibc_malloc
+from isoflop.train.optimizers import build_optimizer
+from isoflop.train.training_model import build_training_model
 
 Forward = Callable[[Tensor], Tensor]  # ids (batch, seq) to the mean loss
 
@@ -83,7 +83,7 @@ def take_turns(way: str, case: Case, connection: Connection, log: str) -> None:
         contextlib.redirect_stderr(file),
     ):
         if case.device.type == "cpu":
-            keep_freed_memory()  # for all alike
+            tune_glibc_malloc()  # for all alike
         torch.manual_seed(case.recipe.seed)
         WAYS[way](case, Turns(connection, case.device))
 
@@ -109,7 +109,7 @@ def batches(case: Case) -> Iterator[Tensor]:
     manifest = read_manifest(recipe.data.prepared_dir)
     windows = Windows(recipe.data.prepared_dir, manifest.shards("train"), manifest.sequence_length)
     order, per_step = manifest.order(recipe.data.shares(), recipe.seed), training.tokens_per_step // training.sequence_length
-    shape = (require_whole_steps(training, 1), training.micro_batch_size, training.sequence_length)
+    shape = (gradient_accumulation_steps(training, 1), training.micro_batch_size, training.sequence_length)
     steps = [torch.from_numpy(windows.take(order.of_step(step, per_step))).view(shape) for step in range(64)]
     return itertools.cycle([ids.to(case.device) for ids in steps])
 
@@ -134,7 +134,8 @@ def plain_loop(case: Case, turns: Turns, model: nn.Module, forward: Forward) -> 
 
 def isoflop(case: Case, turns: Turns) -> None:
     """The real loop with all that it does: batches from disk, signals, anomalies, metrics to file and screen."""
-    from isoflop import pretrain
+    from isoflop.train import trainer as pretrain
+    from isoflop.train.command import pretrain_command
 
     step = pretrain.train_step
 
@@ -147,7 +148,7 @@ def isoflop(case: Case, turns: Turns) -> None:
     os.environ["ACCELERATE_MIXED_PRECISION"] = case.mixed_precision
     pretrain.train_step = paced
     try:
-        pretrain.pretrain(case.recipe)
+        pretrain_command(case.recipe)
     finally:
         pretrain.train_step = step
 
@@ -184,7 +185,7 @@ def trainer(case: Case, turns: Turns) -> None:
 
     arguments = TrainingArguments(
         output_dir=case.recipe.output.run_dir, per_device_train_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=require_whole_steps(training, 1), max_steps=10**6, bf16=case.bf16,
+        gradient_accumulation_steps=gradient_accumulation_steps(training, 1), max_steps=10**6, bf16=case.bf16,
         use_cpu=case.device.type == "cpu", learning_rate=optimizer.peak_learning_rate, lr_scheduler_type="constant",
         weight_decay=optimizer.weight_decay, adam_beta1=optimizer.beta1, adam_beta2=optimizer.beta2,
         adam_epsilon=optimizer.epsilon, max_grad_norm=optimizer.max_grad_norm, optim="adamw_torch_fused", logging_steps=1,

@@ -1,4 +1,4 @@
-"""From config fields to a transformers model, stock or hybrid, with the initial weights a recipe asks for."""
+"""Build a transformers model, stock or hybrid, from config fields, with the initial weights of a recipe."""
 
 from __future__ import annotations
 
@@ -28,19 +28,18 @@ RESIDUAL_PROJECTIONS = (
     "c_proj",
 )  # what each block adds to the residual stream, in Llama, the hybrid and GPT-2
 
-# transformers' own sdpa, without its mask builder: that looks for packed documents in every batch and waits for the device each
-# time. Windows here carry no padding, so the kernel's own causal flag is all the mask there is; documents that are kept apart
-# bring their own.
+# transformers' own sdpa without its mask builder, which looks for packed documents in every batch and waits for the device each
+# time. Windows here have no padding, so the kernel's causal flag is the only mask; document masking adds its own.
 UNMASKED_SDPA = "sdpa_unmasked"
 AttentionInterface.register(UNMASKED_SDPA, attend)
 
-# So that what is saved opens without remote code wherever this package is.
+# Saved hybrids then open without remote code where this package is installed.
 AutoConfig.register(HybridConfig.model_type, HybridConfig)
 AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
 
 
 def build_config(fields: dict[str, Any], eos_token_id: int, bos_token_id: int | None) -> PretrainedConfig:
-    """A `GPT2Config`, `LlamaConfig` or `HybridConfig` from its fields (`model_type` among them).
+    """Return a `GPT2Config`, `LlamaConfig` or `HybridConfig` from its fields (with `model_type`).
 
     `pad_token_id` stays unset: GPT-2 would look for padding in every batch, which waits for the device each time.
     """
@@ -56,7 +55,7 @@ def build_config(fields: dict[str, Any], eos_token_id: int, bos_token_id: int | 
 
 
 def build_model(config: PretrainedConfig, depth_scaled_init: bool, seed: int) -> PreTrainedModel:
-    """A causal LM in fp32: matrices normal(0, initializer_range), biases zero, norms one.
+    """Return a causal LM in fp32: matrices normal(0, initializer_range), biases zero, norms one.
 
     With `depth_scaled_init` residual projections get initializer_range / sqrt(2 x layers) (Radford et al. 2019,
     section 2.3), otherwise initializer_range; stock GPT-2 and the hybrid always scale and stock Llama never does.
@@ -71,7 +70,7 @@ def build_model(config: PretrainedConfig, depth_scaled_init: bool, seed: int) ->
 
 
 def load_model(config: PretrainedConfig, read: Callable[[dict[str, torch.Tensor]], None]) -> PreTrainedModel:
-    """A causal LM in fp32 whose weights `read` fills by their names, tied ones once; nothing is initialized or copied."""
+    """Return a causal LM in fp32 whose weights `read` fills by their names, tied ones once; nothing is initialized or copied."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
@@ -82,12 +81,12 @@ def load_model(config: PretrainedConfig, read: Callable[[dict[str, torch.Tensor]
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks, found by the class names that transformers declares unsplittable."""
+    """Return the repeated blocks, found by the class names that transformers declares unsplittable."""
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
 
 def final_norms(model: PreTrainedModel) -> list[nn.Module]:
-    """The norm between the last block and the head, under the name each class gives it; none where blocks end with theirs."""
+    """Return the norm between the last block and the head, under each class's name for it; none where blocks end with theirs."""
     base: Any = model.base_model
     norms = [getattr(base, name, None) for name in ("norm", "ln_f")]
     return [norm for norm in norms if isinstance(norm, nn.Module) and any(True for _ in norm.parameters())]
@@ -96,7 +95,7 @@ def final_norms(model: PreTrainedModel) -> list[nn.Module]:
 def use_liger(model: PreTrainedModel) -> None:
     """Replace a stock Llama's RMSNorm, rotary positions and SwiGLU by Liger's kernels; no weight changes its name.
 
-    Liger exchanges the rotary function of transformers' module, so for every Llama of this process.
+    Liger replaces the rotary function in transformers' module, so for every Llama of this process.
     """
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 

@@ -5,9 +5,10 @@ Published with a checkpoint as remote code, so it imports transformers alone.
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 CHOICES = {
     "positions": ("learned", "rope", "none"),
@@ -31,7 +32,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class HybridConfig(PreTrainedConfig):
+class _Version4Config(PretrainedConfig):
+    """What transformers 5 gives every configuration, for version 4: annotated fields are arguments, then `__post_init__`."""
+
+    def __init__(self, **fields: Any) -> None:
+        for name in type(self).__annotations__:
+            setattr(self, name, fields.pop(name, getattr(type(self), name)))
+        self.__post_init__(**fields)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        own = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+        super().__init__(**{name: getattr(self, name) for name in own}, **kwargs)
+
+
+class HybridConfig(PretrainedConfig if is_dataclass(PretrainedConfig) else _Version4Config):  # type: ignore[misc]
     """Sizes under transformers' LLaMA names, and the choices; as constructed the choices are GPT-2's.
 
     positions: `learned` embeddings, `rope` (Su et al. 2021) or `none`, where the causal mask alone tells order (Haviv et al.

@@ -1,7 +1,7 @@
-"""Packed documents that do not see one another: attention within a document, positions counted from its beginning.
+"""Document masking in packed windows: attention within a document, positions counted from its beginning.
 
-Where documents end is read off the ids, so nothing is stored beside the windows. `document_arguments` makes, once for a batch,
-what a stock model's forward takes; `attend` is the attention function that makes the most of it.
+The ids show where documents end, so nothing else is stored. `document_arguments` makes the arguments of a stock model's forward
+pass, once per batch; `attend` is the attention function that uses them best.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
-def document_positions(input_ids: Tensor, document_end: int) -> Tensor:
-    """Place of each id in its document, from 0, (batch, seq). An end belongs to what it ends; a window begins anew."""
+def document_positions(input_ids: Tensor, eos_token_id: int) -> Tensor:
+    """Return the position of each id in its document, from 0, (batch, seq). A document includes its end; windows start at 0."""
     index = torch.arange(input_ids.shape[1], device=input_ids.device)  # (seq,)
-    follows_end = input_ids.roll(1, dims=1) == document_end  # what comes round to the front is at index 0, a beginning anyway
+    follows_end = input_ids.roll(1, dims=1) == eos_token_id  # the id rolled to the front is at index 0, a beginning in any case
     return index - torch.where(follows_end, index, 0).cummax(dim=1).values
 
 
 def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Added to the scores (batch, 1, query, key): 0 from the beginning of a query's document up to itself, elsewhere -inf.
+    """Return the mask added to the scores (batch, 1, query, key): 0 from the start of a query's document to itself, else -inf.
 
     Not boolean: sdpa would make each layer a copy in `dtype`, and keep all of them for the backward pass.
     """
@@ -35,30 +35,30 @@ def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def document_bounds(positions: Tensor) -> Tensor:
-    """Where the documents of all windows in a row begin, and the end of the last: (documents + 1,), int32 as kernels want it.
+    """Return where the documents of all windows begin, and the end of the last: (documents + 1,), int32 as kernels need it.
 
-    How many there are decides a shape, for which the host would wait for a GPU: in training they are found on the host.
+    Their number is a shape, for which the host would wait for a GPU: in training they are computed on the host.
     """
     begins = (positions.flatten() == 0).nonzero().squeeze(1)
     return F.pad(begins, (0, 1), value=positions.numel()).int()
 
 
 def document_arguments(
-    input_ids: Tensor, document_end: int, attention: str, dtype: torch.dtype, cu_seq_lens: Tensor | None = None
+    input_ids: Tensor, eos_token_id: int, attention: str, dtype: torch.dtype, cu_seq_lens: Tensor | None = None
 ) -> dict[str, Any]:
-    """What keeps the documents of (batch, seq) ids apart, as arguments of a stock model's forward without a cache.
+    """Return arguments of a stock model's forward pass that separate the documents of (batch, seq) ids, without a cache.
 
     `attention` is the name of the model's implementation, `dtype` that of its weights, `cu_seq_lens` the documents'
-    bounds where these are known already. For eager the positions suffice: transformers makes its mask of them.
+    bounds where these are known. Eager attention needs only the positions, from which transformers makes its mask.
     """
-    positions = document_positions(input_ids, document_end)
+    positions = document_positions(input_ids, eos_token_id)
     arguments: dict[str, Any] = {"position_ids": positions}
     if attention == "eager":
         return arguments
     if not attention.startswith("flash") and not _has_varlen_kernel(input_ids.device):
         return arguments | {"attention_mask": document_mask(positions, _computed_in(input_ids.device, dtype))}
     bounds = document_bounds(positions) if cu_seq_lens is None else cu_seq_lens
-    longest = input_ids.shape[1]  # a bound, and enough for the kernels: the true one would have to be waited for
+    longest = input_ids.shape[1]  # an upper bound is enough for the kernels; the host would wait for the exact value
     return arguments | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
@@ -81,14 +81,14 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa; where the documents' bounds are given, torch's kernel for sequences of several lengths.
+    """Run transformers' sdpa, or torch's kernel for sequences of several lengths where the documents' bounds are given.
 
     query (batch, heads, seq, head_dim), key and value (batch, key_value_heads, seq, head_dim); returns (batch, seq, heads,
-    head_dim). What that kernel cannot do (fp32, dropout, head_dim beyond 192, for which not every GPU has a backward) goes
-    through a mask made here, in every layer: a 1 in heads x head_dim part of the attention's own arithmetic.
+    head_dim). What that kernel cannot do (fp32, dropout, head_dim beyond 192, for which not every GPU has a backward) uses
+    a mask made here, in every layer: 1 / (heads x head_dim) of the attention's own arithmetic.
     """
     if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
-        # Unlike sdpa the kernel knows nothing of autocast, under which rotary positions leave query and key in fp32.
+        # Unlike sdpa the kernel ignores autocast, under which rotary positions leave query and key in fp32.
         dtype, head_dim = _computed_in(query.device, query.dtype), query.shape[-1]
         if dtype in (torch.bfloat16, torch.float16) and not dropout and head_dim % 8 == 0 and head_dim <= 192:
             return _attend_varlen(query.to(dtype), key.to(dtype), value.to(dtype), bounds, kwargs["max_length_q"], scaling), None

@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
+from .compatibility_hybrid import attention_function, causal_mask, fill_in_and_capture, init
 from .configuration_hybrid import ACTIVATIONS, HybridConfig
 from .conversion_hybrid import hybrid_config, hybrid_weights, stock_config, stock_weights
 
@@ -130,9 +125,7 @@ class HybridAttention(nn.Module):
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend = attention_function(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.head_dim**-0.5, **kwargs
@@ -194,7 +187,7 @@ class HybridDecoderLayer(GradientCheckpointingLayer):
 
 
 class HybridPreTrainedModel(PreTrainedModel):
-    """What transformers is told of the class, and how its weights begin."""
+    """What transformers needs to know of the class, and its initial weights."""
 
     config: HybridConfig
     config_class = HybridConfig
@@ -210,10 +203,10 @@ class HybridPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": HybridDecoderLayer, "attentions": HybridAttention}
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Matrices normal(0, initializer_range), biases zero, norms one; what a layer adds to the stream is scaled by depth.
+        """Initialize a module: matrices normal(0, initializer_range), biases zero, norms one, residual projections scaled.
 
-        By 1 / sqrt(2 x layers), for the two sums of each layer (Radford et al. 2019, section 2.3). Told by the projection's own
-        class: of a class that is not its own, transformers passes over modules that hold no parameter themselves.
+        The scale is 1 / sqrt(2 x layers), for the two sums of each layer (Radford et al. 2019, section 2.3). The projections have
+        their own class because transformers skips modules without parameters of their own.
         """
         super()._init_weights(module)
         if isinstance(module, ResidualLinear):
@@ -236,8 +229,7 @@ class HybridModel(HybridPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
+    @fill_in_and_capture
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -248,10 +240,9 @@ class HybridModel(HybridPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (batch, seq, hidden_size) of (batch, seq) ids, or of their embeddings.
+        """Return hidden states (batch, seq, hidden_size) of (batch, seq) ids, or of their embeddings.
 
-        Positions go on behind the cache where they are not given; documents in one window are kept apart by positions that
-        begin anew.
+        Default positions continue after the cache. Positions that restart separate the documents of one window.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -261,10 +252,7 @@ class HybridModel(HybridPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values,
-            position_ids=position_ids,
-        )  # fmt: skip
+        mask = causal_mask(self.config, hidden, attention_mask, past_key_values, position_ids)
         rotary = None
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(position_ids)

@@ -9,16 +9,20 @@ if os.environ.get("ISOFLOP_TEST_GPU") != "1":  # `make test` sets it for tests/g
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests state what a CPU does, also on a machine with GPUs
     os.environ["ACCELERATE_USE_CPU"] = "true"  # so that launch configs for GPUs run on CPU processes
 
+import fcntl
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import forks
 import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
+EVERY_CASE = os.environ.get("ISOFLOP_TEST_ALL") == "1"  # `make test-all`: full repetitions, real processes, every pair
 
 TOY_MODELS = {
     "llama": {
@@ -45,15 +49,40 @@ def one_accelerator_at_a_time():
         GradientState._reset_state()
 
 
+@pytest.fixture(autouse=True)
+def forked_commands(request, monkeypatch):
+    """`sys.executable` is the stand-in of tests/forks.py, but for tests that are about processes themselves."""
+    if not request.node.get_closest_marker("new_process"):
+        monkeypatch.setattr(sys, "executable", forks.python())
+
+
+def shared(tmp_path_factory, name, make):
+    """A folder that `make(folder)` fills once for all test processes; the others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    root.mkdir(exist_ok=True)
+    folder, made = root / name, root / f"{name}.made"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Forty small text files: modules of the standard library."""
-    folder = tmp_path_factory.mktemp("corpus")
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    sources = sorted(f for f in stdlib.glob("*.py") if 2_000 < f.stat().st_size < 12_000)
-    for source in sources[:40]:
-        (folder / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    return folder
+
+    def make(folder):
+        stdlib = Path(sysconfig.get_paths()["stdlib"])
+        sources = sorted(f for f in stdlib.glob("*.py") if 2_000 < f.stat().st_size < 12_000)
+        for source in sources[:40]:
+            (folder / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+
+    return shared(tmp_path_factory, "corpus", make)
 
 
 @pytest.fixture
@@ -84,8 +113,8 @@ def rows_of(folder):
 def documents_of(opened):
     """All texts of an opened source, in order."""
 
+    from isoflop.config.recipe_data import Filter
     from isoflop.data.documents import read_documents
-    from isoflop.recipe_data import Filter
 
     return [
         text
@@ -99,45 +128,59 @@ def documents_of(opened):
 @pytest.fixture(scope="session")
 def toy_tree(corpus, tmp_path_factory):
     """Sections of a toy recipe whose data is prepared once for all tests."""
-    from isoflop.prepare.command import prepare
-    from isoflop.recipe import Recipe
+    from isoflop.config.recipe import Recipe
+    from isoflop.prepare.run import prepare
 
-    prepared = tmp_path_factory.mktemp("prepared") / "toy"
-    tree = {
-        "model": TOY_MODELS["llama"],
-        "tokenizer": {"train_vocab_size": 300},
-        "data": {
-            "source": {"kind": "text", "files": [f"{corpus}/*.txt"]},
-            "prepared_dir": str(prepared),
-            "validation_fraction": 0.1,
-        },
-        "training": {"sequence_length": 32, "tokens_per_step": 256, "micro_batch_size": 4, "max_steps": 10},
-        "optimizer": {"peak_learning_rate": 3e-3},
-        "schedule": {"name": "cosine", "warmup_steps": 2, "final_learning_rate": 3e-4},
-        "evaluation": {"validate_every": 5, "max_windows": 16, "sample_tokens": 4},
-        "output": {"run_dir": "runs/toy", "checkpoint_every": 5},
-    }
-    prepare(Recipe.model_validate(tree))
-    return tree
+    def make(folder):
+        prepare(Recipe.model_validate(tree_over(folder / "toy")))
+
+    def tree_over(prepared):
+        return {
+            "model": TOY_MODELS["llama"],
+            "tokenizer": {"train_vocab_size": 300},
+            "data": {
+                "source": {"kind": "text", "files": [f"{corpus}/*.txt"]},
+                "prepared_dir": str(prepared),
+                "validation_fraction": 0.1,
+            },
+            "training": {"sequence_length": 32, "tokens_per_step": 256, "micro_batch_size": 4, "max_steps": 10},
+            "optimizer": {"peak_learning_rate": 3e-3},
+            "schedule": {"name": "cosine", "warmup_steps": 2, "final_learning_rate": 3e-4},
+            "evaluation": {"validate_every": 5, "max_windows": 16, "sample_tokens": 4},
+            "output": {"run_dir": "runs/toy", "checkpoint_every": 5},
+        }
+
+    return tree_over(shared(tmp_path_factory, "prepared", make) / "toy")
+
+
+def train(tree, folder):
+    """Train a recipe into a folder, in this process, which may have trained another one before; returns the recipe."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from isoflop.config.recipe import Recipe
+    from isoflop.train.command import pretrain_command as pretrain
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    recipe = Recipe.model_validate({**tree, "output": {**tree["output"], "run_dir": str(folder)}})
+    assert pretrain(recipe) == 0
+    return recipe
 
 
 @pytest.fixture(scope="session")
 def undisturbed(toy_tree, tmp_path_factory):
-    """The toy recipe run once to its end, for each family: what every interrupted run is held against."""
-    from accelerate.state import AcceleratorState, GradientState
+    """The toy recipe run once to its end, for each family: what every interrupted run is compared with."""
+    from isoflop.config.recipe import Recipe
 
-    from isoflop.pretrain import pretrain
-    from isoflop.recipe import Recipe
+    def make(folder):
+        for family, model in TOY_MODELS.items():
+            train({**toy_tree, "model": model}, folder / family)
 
-    runs = {}
+    folder, recipes = shared(tmp_path_factory, "undisturbed", make), {}
     for family, model in TOY_MODELS.items():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        folder = tmp_path_factory.mktemp("undisturbed") / family
-        recipe = Recipe.model_validate({**toy_tree, "model": model, "output": {**toy_tree["output"], "run_dir": str(folder)}})
-        assert pretrain(recipe) == 0
-        runs[family] = recipe
-    return runs
+        tree = {**toy_tree, "model": model, "output": {**toy_tree["output"], "run_dir": str(folder / family)}}
+        recipes[family] = Recipe.model_validate(tree)
+    return recipes
 
 
 @pytest.fixture
@@ -159,9 +202,17 @@ def write_recipe(toy_tree, tmp_path):
 
 
 @pytest.fixture
+def on_the_console():
+    """Print what the package logs, as its commands do."""
+    from isoflop.utils.output import log_to_console
+
+    log_to_console()
+
+
+@pytest.fixture
 def toy_recipe(write_recipe):
     """The toy recipe, loaded, with some dotted keys set."""
-    from isoflop.recipe_file import load_recipe
+    from isoflop.config.loading import load_recipe
 
     return lambda *args, **changes: load_recipe(write_recipe(*args, **changes))
 
@@ -171,7 +222,7 @@ def run_in_process():
     """`pretrain` in this process, with accelerate's state fresh before and after."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from isoflop.pretrain import pretrain
+    from isoflop.train.command import pretrain_command as pretrain
 
     def run(recipe, **flags):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -186,14 +237,12 @@ def ranks(tmp_path_factory):
     """Runs of several ranks without the seconds that each start of Python takes."""
     from ranks import Ranks
 
-    server = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield server
-    server.close()
+    return Ranks(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture
 def tried(record_property):
-    """Note that a fault was really done, so many times, and what showed that nothing was lost; docs/reliability.py reads it."""
+    """Record that a fault was really caused, so many times, and what showed that nothing was lost, for docs/reliability.md."""
 
     def note(fault, times=1, proof="losses, gradient norms and weights bit for bit those of an undisturbed run"):
         for name, value in (("fault", fault), ("times", times), ("proof", proof)):
@@ -215,8 +264,8 @@ def metrics_of_folder(folder):
 def metrics_row(step, **values):
     """A row of `metrics.jsonl` with what every row has."""
     row = {
-        "step": step, "tokens": 256 * step, "loss": 3.0, "val_loss": None, "tokens_per_s": 100.0, "elapsed_s": step / 10,
-        "peak_memory_bytes": 10**9,
+        "step": step, "tokens": 256 * step, "loss": 3.0, "val_loss": None, "learning_rate": 3e-4, "tokens_per_s": 100.0,
+        "mfu": None, "elapsed_s": step / 10, "peak_memory_bytes": 10**9,
     }  # fmt: skip
     return row | values
 
@@ -241,12 +290,12 @@ def weights_of(recipe):
 
 
 def run_command(*command, timeout=300, check=True, **kwargs):
-    """Run a command from the project's root, as a user would."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **kwargs.pop("env", {})}
+    """Run a command from the project's root, as a user would; `python` is the stand-in of tests/forks.py."""
+    command = [forks.python() if part == forks.REAL else str(part) for part in command]
+    env = {**os.environ, "PATH": f"{Path(forks.python()).parent}:{os.environ['PATH']}", **kwargs.pop("env", {})}
     done = subprocess.run(
-        [str(part) for part in command], cwd=kwargs.pop("cwd", ROOT), env=env, capture_output=True, text=True, timeout=timeout,
-        check=False, **kwargs,
-    )  # fmt: skip
+        command, cwd=kwargs.pop("cwd", ROOT), env=env, capture_output=True, text=True, timeout=timeout, check=False, **kwargs
+    )
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 

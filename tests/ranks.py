@@ -1,40 +1,42 @@
-"""Runs of several ranks in seconds: a server that has imported everything forks them, with what `accelerate launch` would set.
+"""Runs of several ranks in seconds: the server of tests/forks.py forks them, with what `accelerate launch` would set.
 
 The environment of an engine is taken from its file of accelerate_configs/ by accelerate's own functions. What differs from a real
 launch is that no torchrun agent watches; the tests that need one use `conftest.launch`.
 """
 
-import importlib
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+import forks
+import yaml
 
 ROOT = Path(__file__).parent.parent
 
 
-@dataclass
 class Launched:
     """Ranks that are running, or have been."""
 
-    server: "Ranks"
-    number: int
-    pids: list[int]
-    output: Path
+    def __init__(self, jobs, output):
+        self.jobs, self.output = jobs, output
+        self.pids = [job.pid for job in jobs]
 
     def kill(self, rank, number=signal.SIGKILL):
         """Send one rank a signal."""
         os.kill(self.pids[rank], number)
 
     def wait(self, timeout=240):
-        """Exit codes by rank (negative: the signal's number). Kills what has not ended in time, and says so."""
-        codes = self.server.ask({"wait": self.pids, "timeout": timeout})
-        assert None not in codes, f"still running after {timeout} s\n{self.text()}"
+        """Exit codes by rank (negative: the signal's number). Ranks that still run after `timeout` seconds are killed."""
+        deadline = time.monotonic() + timeout
+        codes = [job.wait(max(0.01, deadline - time.monotonic())) for job in self.jobs]
+        hanging = [job for job, code in zip(self.jobs, codes, strict=True) if code is None]
+        for number, pause_s in ((signal.SIGQUIT, 1), (signal.SIGKILL, 0)):  # the first makes a rank write its stacks
+            for job in hanging:
+                job.kill(number)
+            time.sleep(pause_s if hanging else 0)
+        assert not hanging, f"still running after {timeout} s\n{self.text()}"
         return codes
 
     def text(self):
@@ -42,56 +44,60 @@ class Launched:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def succeed(self, timeout=240):
-        """Wait, and insist that all ended well."""
+        """Wait, and require exit code 0 of all; returns what they wrote."""
         codes = self.wait(timeout)
         assert set(codes) == {0}, f"{codes}\n{self.text()}"
         return self.text()
 
 
 class Ranks:
-    """The client's side."""
+    """Starts ranks, and keeps what they write in a folder."""
 
     def __init__(self, folder):
         self.folder, self.count = folder, 0
-        env = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
-        )
-
-    def ask(self, request):
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
 
     def preload(self, module):
         """Import what many runs need once, in the server."""
-        self.ask({"import": module})
+        forks.Job(forks.server(forks.folder(), "full"), {"import": module}, (0, 1, 2)).wait()
 
-    def start(self, config, *arguments, processes=None, fp32=True, code=None, env=None, **flags):
-        """Start `scripts/pretrain.py *arguments` under a launch config; `code` is run before it in every rank."""
+    def start(self, config, *arguments, processes=None, fp32=True, code=None, env=None, script="scripts/pretrain.py", **flags):
+        """Start `script *arguments` under a launch config; `code` is run before it in every rank."""
         self.count += 1
         output = self.folder / f"ranks-{self.count}.txt"
         request = {
-            "config": config, "arguments": [str(a) for a in arguments], "processes": processes, "fp32": fp32, "code": code or "",
-            "env": env or {}, "output": str(output), "flags": flags,
+            "name": "python", "arguments": [str(script), *map(str, arguments)], "cwd": str(ROOT), "ignored": [],
+            "code": code or "", "line_buffered": True,
         }  # fmt: skip
-        return Launched(self, self.count, self.ask(request), output)
+        request["env"] = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        changes = {name: str(value) for name, value in (env or {}).items()}
+        if config == "cpu":
+            request["env"] |= changes
+            return Launched([self._job(request, output)], output)
+        file = yaml.safe_load((ROOT / f"accelerate_configs/{config}.yaml").read_text())
+        world = processes or file["num_processes"]
+        changes |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        changes |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        launch = {"config": config, "processes": processes, "fp32": fp32, "flags": flags}
+        ranks = [changes | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+        return Launched([self._job(request | {"launch": launch | {"changes": one}}, output) for one in ranks], output)
+
+    def _job(self, request, output):
+        with open(output, "ab") as stream, open(os.devnull) as nothing:
+            return forks.Job(forks.server(forks.folder(), "full"), request, (nothing.fileno(), stream.fileno(), stream.fileno()))
 
     def run(self, *arguments, **settings):
         """Start and succeed; returns what was written."""
         return self.start(*arguments, **settings).succeed()
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(30)
+
+def free_port():
+    """A port where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
-def launch_environment(config, processes, fp32, flags):
+def launch_environment(config, processes, fp32, flags, changes):
     """What `accelerate launch --config_file` puts into the environment of its processes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -103,89 +109,7 @@ def launch_environment(config, processes, fp32, flags):
     arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*command, "scripts/pretrain.py"]))
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-        return prepare_deepspeed_cmd_env(arguments)[1], arguments.num_processes
-    return prepare_multi_gpu_env(arguments), arguments.num_processes
-
-
-def _fork(request):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment, world = {}, 1
-    if request["config"] != "cpu":
-        environment, world = launch_environment(request["config"], request["processes"], request["fp32"], request["flags"])
-    pids = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            _become(rank, world, port, environment | request["env"], request)
-        pids.append(pid)
-    return pids
-
-
-def _become(rank, world, port, environment, request):
-    """The forked child: a rank of its own, from here on."""
-    import runpy
-    import traceback
-
-    code = 1
-    try:
-        os.setpgid(0, 0)
-        stream = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for descriptor in (1, 2):
-            os.dup2(stream, descriptor)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout = os.fdopen(1, "w", buffering=1)
-        sys.stderr = os.fdopen(2, "w", buffering=1)
-        os.environ.update({key: str(value) for key, value in environment.items()})
-        if request["config"] != "cpu":
-            shares = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            os.environ.update({key: str(value) for key, value in shares.items()})
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        sys.argv = ["scripts/pretrain.py", *request["arguments"]]
-        exec(request["code"], {"__name__": "before"})
-        runpy.run_path("scripts/pretrain.py", run_name="__main__")
-        code = 0
-    except SystemExit as left:
-        code = left.code if isinstance(left.code, int) else int(left.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _wait(pids, timeout):
-    codes, deadline = dict.fromkeys(pids), time.monotonic() + timeout
-    while None in codes.values() and time.monotonic() < deadline:
-        for pid in [pid for pid, code in codes.items() if code is None]:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    for pid in [pid for pid, code in codes.items() if code is None]:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    return list(codes.values())
-
-
-def _serve():
-    import transformers.models.gpt2.modeling_gpt2
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import isoflop.pretrain  # noqa: F401  what every rank needs, imported once
-
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "import" in request:
-            answer = bool(importlib.import_module(request["import"]))
-        else:
-            answer = _wait(request["wait"], request["timeout"]) if "wait" in request else _fork(request)
-        answers.write(json.dumps(answer) + "\n")
-
-
-if __name__ == "__main__":
-    _serve()
+        environment = prepare_deepspeed_cmd_env(arguments)[1]
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+    return {name: str(value) for name, value in (environment | changes).items()}

@@ -18,9 +18,11 @@ from unittest import mock
 import torch
 from rows import ROOT, recipe_of
 
-from isoflop import job, pretrain
-from isoflop.recipe import Recipe
-from isoflop.recipe_file import load_recipe
+from isoflop.config.loading import load_recipe
+from isoflop.config.recipe import Recipe
+from isoflop.train import setup as job
+from isoflop.train import trainer as pretrain
+from isoflop.train.command import pretrain_command
 
 Emit = Callable[..., None]
 RECIPES = ("modern_124m", "gpt2_124m", "llama2_1.36b", "llama3_1.5b")
@@ -155,7 +157,7 @@ def pretrain_until(context: Context, recipe: Recipe, done: Callable[[int], bool]
         mock.patch.object(pretrain, "train_step", counted),
         contextlib.suppress(Finished),
     ):
-        pretrain.pretrain(recipe, **named)
+        pretrain_command(recipe, **named)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from gpu_parts.cases import Case, Context, Emit, lacking, small_recipe
 from isoflop.modeling.documents import document_arguments
 from isoflop.modeling.loss import linear_cross_entropy_sum
-from isoflop.training_model import build_training_model
+from isoflop.train.training_model import build_training_model
 
-IGNORED = -100
+IGNORE_INDEX = -100
 END = 1  # id that ends a document
 ROWS, WIDTH, VOCABULARIES = 512, 256, (4096, 50304)
 BATCH, LENGTH, VOCABULARY = 4, 256, 4096
@@ -80,7 +80,7 @@ def loss_checks(context: Context, emit: Emit) -> None:
         hidden = torch.randn(rows, WIDTH, generator=generator)
         weight = torch.randn(vocabulary, WIDTH, generator=generator) * 0.1
         targets = torch.randint(vocabulary, (rows,), generator=generator)
-        targets[::7] = IGNORED
+        targets[::7] = IGNORE_INDEX
         for arithmetic, softcap in itertools.product(("fp32", "bf16"), (None, 30.0)):
             torch._dynamo.reset()  # a GPU compiles the softmax of each case, and a process refuses more than some
             dtype = torch.float32 if arithmetic == "fp32" else torch.bfloat16
@@ -101,7 +101,7 @@ def reference_loss(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: flo
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logits = hidden @ weight.T
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return loss, *torch.autograd.grad(loss, (hidden, weight))
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from isoflop import pretrain
-from isoflop.errors import run_command
-from isoflop.recipe_file import load_recipe
+from isoflop.config.loading import load_recipe
+from isoflop.train import trainer as pretrain
+from isoflop.train.command import pretrain_command
+from isoflop.utils.command import run_command
 
 
 def main() -> int:
@@ -39,7 +40,7 @@ def main() -> int:
             return step(*arguments, **named)
 
         pretrain.train_step = mortal
-    return pretrain.pretrain(load_recipe(given.recipe, given.overrides))
+    return pretrain_command(load_recipe(given.recipe, given.overrides))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from gpu_parts.cases import OUT_OF_MEMORY, Context, Emit, lacking, sized
-from isoflop import cost
+from isoflop.config.recipe import Recipe
 from isoflop.modeling import loss as library_loss
-from isoflop.optim import build_optimizer
-from isoflop.recipe import Recipe
-from isoflop.training_model import build_training_model
+from isoflop.plan import cost
+from isoflop.train.optimizers import build_optimizer
+from isoflop.train.training_model import build_training_model
 
 COPIED_BYTES = 4 * 2**30
 TOY_MATRIX = 512

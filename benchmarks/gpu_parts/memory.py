@@ -1,5 +1,5 @@
-"""Memory: `isoflop.cost.predicted_memory` against what the allocator held, for four recipes, two micro-batches, with activation
-checkpointing and without, eager and compiled."""
+"""Memory: `isoflop.plan.cost.predicted_memory` against what the allocator held, for four recipes, two micro-batches, with
+activation checkpointing and without, eager and compiled."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from gpu_parts.cases import RECIPES, Case, Context, Emit, lacking, sized
-from isoflop import cost
-from isoflop.measure import tracked_memory_bytes
-from isoflop.optim import build_optimizer
-from isoflop.recipe import Recipe
-from isoflop.training_model import build_training_model
+from isoflop.config.recipe import Recipe
+from isoflop.plan import cost
+from isoflop.plan.step_benchmark import tracked_memory_bytes
+from isoflop.train.optimizers import build_optimizer
+from isoflop.train.training_model import build_training_model
 
 MICRO_BATCHES = 2  # of a step: gradients of the first are there during the second
 NEEDS_S = {False: 6.0, True: 20.0}  # of four measurements; compiling is most of it

@@ -7,7 +7,7 @@ import time
 import torch
 
 from gpu_parts.cases import Case, Context, Emit, metrics_of, pretrain_until, sized
-from isoflop import cost
+from isoflop.plan import cost
 
 MICRO_BATCHES = 4  # a step of 131,072 tokens where the recipe has 524,288: more updates in few minutes
 POINTS = 100

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from gpu_parts.cases import Case, Context, Emit, environment, metrics_of, quick_setup, sized
 from gpu_parts.results import Row
-from isoflop import cost, pretrain
+from isoflop.plan import cost
+from isoflop.train.command import pretrain_command
 
 STEPS, KILL_AT, EVERY = 20, 13, 5
 QUICKSTART = "recipes/quickstart.yaml"
@@ -145,7 +146,7 @@ def dry_run(context: Context, emit: Emit, name: str) -> None:
     recipe = sized(context, name)
     said = io.StringIO()
     with environment(ACCELERATE_MIXED_PRECISION="bf16"), quick_setup(context.device), contextlib.redirect_stdout(said):
-        code = pretrain.pretrain(recipe, dry_run=True)
+        code = pretrain_command(recipe, dry_run=True)
     text = said.getvalue()
     print(text)
     found = re.search(r"one step: loss ([\d.]+).*, ([\d.]+) s, peak memory ([\d,]+) bytes", text)

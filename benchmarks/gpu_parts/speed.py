@@ -20,7 +20,7 @@ from ways import Case as Training
 
 from gpu_parts import kernels
 from gpu_parts.cases import Case, Context, Emit, Finished, environment, lacking, pretrain_until, quick_setup, sized
-from isoflop import cost, hardware
+from isoflop.plan import cost, hardware
 
 MICRO_BATCHES = 4
 WARMUP, MOST_STEPS, ENOUGH_S = 3, 20, 8.0

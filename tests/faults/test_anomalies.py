@@ -10,11 +10,11 @@ from conftest import curve_of, metrics_of, weights_of
 
 from isoflop.checkpoint import folder as checkpoints
 from isoflop.checkpoint.state import read
-from isoflop.recipe_file import load_recipe
+from isoflop.config.loading import load_recipe
 
 # The loss of one batch (0-based, in the order of the data) is multiplied.
 BAD_BATCH = """
-import isoflop.job as job, isoflop.modeling.loss as loss
+import isoflop.train.setup as job, isoflop.modeling.loss as loss
 take, forward, bad = job.Job.batch, loss.TrainingModel.forward, [False]
 def batch(self, step):
     bad[0] = step == {batch}
@@ -27,7 +27,7 @@ job.Job.batch, loss.TrainingModel.forward = batch, poisoned
 NAN_IN_STEP_8 = BAD_BATCH.format(batch=7, factor="float('nan')")
 # Batches from the 6th on are those of two steps later: what a rollback from step 8 to step 5 and past its batches comes to.
 PASSED_OVER = """
-import isoflop.job as job
+import isoflop.train.setup as job
 take = job.Job.batch
 job.Job.batch = lambda self, step: take(self, step if step < 5 else step + 3)
 """
@@ -62,7 +62,7 @@ def test_nan_is_skipped_where_the_recipe_says_so(config, write_recipe, ranks, tm
 def test_a_rollback_goes_on_past_the_batch(config, write_recipe, ranks, tried):
     file, expected = write_recipe(), write_recipe("expected")
     said = ranks.run(config, file, "anomalies.policy=rollback", code=NAN_IN_STEP_8)
-    assert said.count("step 8: loss nan: back to the newest checkpoint, and past its batches (1 of at most 10)") == 1
+    assert said.count("step 8: loss nan: return to the newest checkpoint, and skip the batches since (1 of at most 10)") == 1
     assert "resuming from" in said
     ranks.run(config, expected, code=PASSED_OVER)
     assert curve_of(load_recipe(file)) == curve_of(load_recipe(expected))
@@ -79,8 +79,8 @@ def test_a_kill_after_a_rollback_changes_nothing(write_recipe, ranks, tried):
     file, expected = write_recipe(), write_recipe("expected")
     ranks.run("cpu", expected, "anomalies.policy=rollback", code=NAN_IN_STEP_8)
     dies = (
-        "import os, signal, isoflop.pretrain as pretrain\nstep = pretrain.train_step\n"
-        "def dying(job, progress):\n    if progress.step == 8 and progress.passed_over:\n"
+        "import os, signal, isoflop.train.trainer as pretrain\nstep = pretrain.train_step\n"
+        "def dying(job, progress):\n    if progress.step == 8 and progress.skipped_batches:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n    return step(job, progress)\npretrain.train_step = dying\n"
     )
     assert ranks.start("cpu", file, "anomalies.policy=rollback", code=NAN_IN_STEP_8 + dies).wait() == [-signal.SIGKILL]
@@ -120,18 +120,18 @@ def test_more_than_the_limit_stop_the_run(write_recipe, ranks):
     launched = ranks.start("cpu", write_recipe(), "anomalies.policy=skip", "anomalies.limit=3", code=always)
     assert launched.wait() == [2]
     assert "training diverged at step 4: loss nan" in launched.text()
-    assert "3 anomalies were passed before" in launched.text()
+    assert "3 anomalies before were skipped" in launched.text()
 
 
 def test_a_rollback_without_a_checkpoint_says_so(write_recipe, ranks):
     early = BAD_BATCH.format(batch=1, factor="float('nan')")
     launched = ranks.start("cpu", write_recipe(), "anomalies.policy=rollback", code=early)
     assert launched.wait() == [2]
-    assert "anomalies.policy = 'rollback' has no checkpoint to go back to yet" in launched.text()
+    assert "anomalies.policy = 'rollback' has no checkpoint to return to yet" in launched.text()
 
 
 @pytest.mark.distributed
 def test_deepspeed_cannot_skip_and_says_so(write_recipe, ranks):
     launched = ranks.start("2gpu_zero1", write_recipe(), "anomalies.policy=skip", "output.layer_norms=true")
     assert launched.wait() == [2, 2]
-    assert "anomalies.policy = 'skip' and output.layer_norms = true: not under DeepSpeed" in launched.text()
+    assert "anomalies.policy = 'skip' and output.layer_norms = true: not with DeepSpeed" in launched.text()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import curve_of, run_command, weights_of
 
-from isoflop.recipe_file import load_recipe
+from isoflop.config.loading import load_recipe
 
 
 def truncate(file):
@@ -21,11 +21,20 @@ def flip_a_bit(file):
 
 DAMAGES = {"truncated": truncate, "bit-flipped": flip_a_bit, "missing": Path.unlink}
 SAYS = {"truncated": "does not match its checksum", "bit-flipped": "does not match its checksum", "missing": "is missing"}
+# Each file, and each damage; the other pairs are marked slow.
+COVERING = {
+    "__0_0.distcp": "truncated",
+    "__1_0.distcp": "bit-flipped",
+    ".metadata": "missing",
+    "trainer_state.json": "bit-flipped",
+}
+CASES = [*COVERING.items()] + [
+    pytest.param(name, damage, marks=pytest.mark.slow) for name in COVERING for damage in DAMAGES if COVERING[name] != damage
+]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "trainer_state.json"])
+@pytest.mark.parametrize(("name", "damage"), CASES)
 def test_a_damaged_shard_of_the_newest_checkpoint(name, damage, undisturbed_two, ranks, tmp_path, tried):
     origin = undisturbed_two
     recipe = load_recipe(origin / "run.yaml", [f"output.run_dir={tmp_path}/run"])

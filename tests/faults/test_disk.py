@@ -9,7 +9,7 @@ import pytest
 from conftest import curve_of, run_command, weights_of
 
 from isoflop.checkpoint import folder as checkpoints
-from isoflop.recipe_file import load_recipe
+from isoflop.config.loading import load_recipe
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def small_disk(tmp_path):
 
 # A checkpoint of the toy run takes 0.35 MB. Before step 8 something else fills the disk but for less than that.
 FILL = """
-import os, isoflop.pretrain as pretrain
+import os, isoflop.train.trainer as pretrain
 step = pretrain.train_step
 def filling(job, progress):
     if progress.step == 7:
@@ -54,9 +54,9 @@ def test_a_disk_that_fills_up_while_training(config, small_disk, write_recipe, r
     codes = launched.wait()
     assert set(codes) == {2}, launched.text()
     assert re.search(r"no space left while saving step 10: .* needs about [\d,]+: [\d,]+ bytes are missing", launched.text())
-    assert "earlier checkpoints are whole (step-5)" in launched.text()
+    assert "earlier checkpoints are intact (step-5)" in launched.text()
     assert [path.name for path in (disk / "run/checkpoints").iterdir()] == ["step-5"]
-    assert checkpoints.find_faults(disk / "run/checkpoints/step-5") == []
+    assert checkpoints.verify(disk / "run/checkpoints/step-5") == []
     other.unlink()
     assert "resuming from" in ranks.run(config, file, run)
     ranks.run(config, file)
@@ -75,7 +75,7 @@ def test_a_disk_that_has_room_again_by_the_next_save(small_disk, write_recipe, r
     code += f"""
 def emptying(job, progress):
     if progress.step == 12 and os.path.exists({str(other)!r}):
-        job.saver._in_flight.result()  # until the failure is known
+        job.checkpoints._saver._in_flight.result()  # until the failure is known
         os.remove({str(other)!r})
     return filling(job, progress)
 pretrain.train_step = emptying
@@ -94,7 +94,7 @@ def test_a_full_disk_while_preparing(small_disk, write_recipe, tried):
     done = run_command(*command, check=False)
     assert done.returncode == 2, done.stderr
     assert re.search(
-        r"error: data\.prepared_dir = .*no space left, [\d,]+ bytes are free there; what is finished is kept", done.stderr
+        r"error: data\.prepared_dir = .*no space left, [\d,]+ bytes are free there; finished parts are kept", done.stderr
     )
     assert os.listdir(disk) == ["data.partial"]
     subprocess.run(["mount", "-o", "remount,size=3000000", disk], check=True)
@@ -109,7 +109,7 @@ def test_metrics_that_find_no_room(until, write_recipe, ranks, undisturbed, trie
     """The kernel's own full device in place of the file's. Rows wait in memory; at the end there has to be room."""
     recipe = load_recipe(file := write_recipe())
     code = f"""
-import isoflop.records as records
+import isoflop.train.records as records
 write, full = records.StepFile._write_waiting, open("/dev/full", "ab", buffering=0)
 def short_of_room(self):
     if self._file.name == "metrics.jsonl" and 7 <= self.last_step <= {until}:
@@ -137,11 +137,11 @@ records.StepFile._write_waiting = short_of_room
 def test_limits_on_the_size_of_files_count_as_a_full_disk(write_recipe, ranks, tried):
     """For users who may not mount: the kernel refuses to let files grow past 20 kB once step 5 is saved."""
     code = """
-import resource, isoflop.pretrain as pretrain
+import resource, isoflop.train.trainer as pretrain
 save = pretrain.save_checkpoint
 def limited(job, *what):
     save(job, *what)
-    job.saver.wait()
+    job.checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 pretrain.save_checkpoint = limited
 """
@@ -149,6 +149,6 @@ pretrain.save_checkpoint = limited
     launched = ranks.start("cpu", file, code=code)
     assert launched.wait() == [2], launched.text()
     assert "no space left while saving step 10" in launched.text()
-    assert checkpoints.newest_whole(Path(load_recipe(file).output.run_dir) / "checkpoints").name == "step-5"
+    assert checkpoints.newest_intact(Path(load_recipe(file).output.run_dir) / "checkpoints").name == "step-5"
     assert "resuming from" in ranks.run("cpu", file)
     tried("a limit on file sizes in a save", proof="the checkpoint before is whole, the same command went on")

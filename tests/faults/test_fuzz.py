@@ -14,37 +14,37 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TOY_MODELS
+from conftest import EVERY_CASE, TOY_MODELS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutations import damaged, memory_below, retyped, watched
 
-from isoflop.checkpoint.folder import find_faults, read_trainer_state
+from isoflop.checkpoint.folder import read_trainer_state, verify
 from isoflop.checkpoint.state import live_tensors, read
-from isoflop.compare.runs import compare
+from isoflop.compare.comparison import compare
+from isoflop.config.loading import load_recipe
+from isoflop.config.recipe import Recipe
+from isoflop.config.recipe_data import Filter, TableSource
 from isoflop.data.documents import read_documents
 from isoflop.data.sources import open_source
 from isoflop.data.tokenizers import open_tokenizer
 from isoflop.data.windows import Windows
-from isoflop.errors import UserError
-from isoflop.fit.runs import measured_runs
-from isoflop.job import Job, check_data
-from isoflop.prepare.command import merge, partial_folder, prepare
-from isoflop.prepare.corpus import Facts, read_document
-from isoflop.prepare.setting_up import set_up
+from isoflop.evaluate.scores import read_scores, score_markdown
+from isoflop.prepare.corpus import CorpusSpec, read_document
+from isoflop.prepare.run import merge, partial_folder, prepare
+from isoflop.prepare.setup import set_up_corpus
 from isoflop.publish.card import model_card
 from isoflop.publish.files import run_files
-from isoflop.recipe import Recipe
-from isoflop.recipe_data import Filter, TableSource
-from isoflop.recipe_file import load_recipe
-from isoflop.resume import progress_of
-from isoflop.run_folder import RunFolder
 from isoflop.scaling.laws import load_law
-from isoflop.scores import read_scores, score_markdown
+from isoflop.scaling.runs import measured_runs
+from isoflop.sweep.config import load_sweep_config
 from isoflop.sweep.design import Run, groups_of
 from isoflop.sweep.state import report, state_of
-from isoflop.sweep.suite import load_suite
-from isoflop.training_model import build_training_model
+from isoflop.train.run_folder import RunFolder
+from isoflop.train.setup import Job, check_data
+from isoflop.train.state import parse_state
+from isoflop.train.training_model import build_training_model
+from isoflop.utils.errors import UserError
 
 MOST_BYTES = 600 * 2**20
 LONGEST_MESSAGE = 10_000
@@ -73,6 +73,7 @@ def fuzz(tmp_path, tried):
 
     def run(file, call, examples, what, load=None, dump=json_of, reseal=lambda: None, is_read=True):
         original = file.read_bytes()
+        examples = examples if EVERY_CASE else examples // 6
         variants = damaged(original)
         if load:
             variants = st.one_of(variants, retyped(load(original)).map(dump))
@@ -113,12 +114,13 @@ def open_data(recipe):
     """What a run does with prepared data before its first step, and a batch."""
     manifest = check_data(recipe, every_byte=True)
     open_tokenizer(recipe.data.prepared_dir)("The end")
-    windows = Windows(recipe.data.prepared_dir, manifest.shards("train"), manifest.sequence_length)
+    ids = manifest.tokenizer.num_ids
+    windows = Windows(recipe.data.prepared_dir, manifest.shards("train"), manifest.sequence_length, ids)
     windows.take(manifest.order(recipe.data.shares(), recipe.seed).of_step(3, 8))
     job = SimpleNamespace(recipe=recipe, manifest=manifest)
-    held_out = Windows(recipe.data.prepared_dir, manifest.shards("validation"), manifest.sequence_length)
+    held_out = Windows(recipe.data.prepared_dir, manifest.shards("validation"), manifest.sequence_length, ids)
     held_out.take(Job.validation_order(job))
-    assert all(map(np.isfinite, Job.validation_facts.fget(job)))
+    assert all(map(np.isfinite, Job.validation_statistics.fget(job)))
 
 
 def reseal_data(folder):
@@ -174,11 +176,11 @@ def load(run, toy_tree):
     tensors = live_tensors(model, torch.optim.AdamW(model.parameters()))
 
     def call():
-        if find_faults(path):
+        if verify(path):
             return
         state = read_trainer_state(path)
         state.pop("data", None)
-        progress_of(path, state)
+        parse_state(path, state)
         read(path, tensors)
 
     return call
@@ -229,7 +231,7 @@ def test_laws(fuzz, tmp_path, toy_tree):
     def call():
         law = load_law(str(file))
         with np.errstate(all="ignore"):
-            law.promise(model, 1e9)
+            law.predict(model, 1e9)
             law.optimum(1e18)
             law.extrapolates(law.size(model), 1e9)
             law.forecast(3.0, 0.7, "cosine", model, 1e9)
@@ -245,7 +247,7 @@ def test_sweeps(fuzz, tmp_path, write_recipe):
         "peak_learning_rate": {"coefficient": 4.0, "exponent": -0.2}, "seeds": [1, 2],
     }  # fmt: skip
     file.write_bytes(yaml_of(tree))
-    fuzz(file, lambda: groups_of(load_suite(file)), 300, "recipe, law or sweep", yaml.safe_load, yaml_of)
+    fuzz(file, lambda: groups_of(load_sweep_config(file)), 300, "recipe, law or sweep", yaml.safe_load, yaml_of)
 
 
 RESULTS = {
@@ -315,7 +317,7 @@ def parts(write_recipe, tmp_path, toy_tree):
 
         )
     )  # fmt: skip
-    prepare(recipe, workers=1, shard=(0, 1))
+    prepare(recipe, num_workers=1, shard=(0, 1))
     return partial_folder(recipe), recipe
 
 
@@ -327,7 +329,7 @@ def test_folders_of_parts(fuzz, parts, tmp_path, name, examples):
     def call():
         content = (kept / name).read_bytes()
         with contextlib.suppress(UserError):  # the record is sealed with what decides it
-            facts = read_document(kept / "corpus.json", Facts)
+            facts = read_document(kept / "corpus.json", CorpusSpec)
             record = json.loads((kept / "json-00000.json").read_text()) if name == "corpus.json" else {}
             if record:
                 (kept / "json-00000.json").write_text(json.dumps(record | {"corpus": facts.digest()}))
@@ -336,7 +338,7 @@ def test_folders_of_parts(fuzz, parts, tmp_path, name, examples):
         shutil.copytree(kept, folder)
         (folder / name).write_bytes(content)
         if name == "engine.json":
-            set_up(recipe, folder, 1)
+            set_up_corpus(recipe, folder, 1)
         else:
             merge(recipe)
 

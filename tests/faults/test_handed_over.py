@@ -12,23 +12,25 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT, run_command
 from torch.distributed.checkpoint import save
 
-from isoflop.checkpoint.folder import find_faults
+from isoflop.checkpoint.folder import verify
 from isoflop.checkpoint.state import read
+from isoflop.config.loading import load_recipe, parse_yaml
+from isoflop.config.recipe import Recipe
 from isoflop.data.manifest import read_manifest
 from isoflop.data.tokenizers import open_tokenizer
-from isoflop.errors import UserError
-from isoflop.export import export_checkpoint
-from isoflop.job import check_data
+from isoflop.data.windows import ShardWriter
 from isoflop.publish.files import run_files
-from isoflop.recipe import Recipe
-from isoflop.recipe_file import load_recipe, parse_yaml
-from isoflop.run_folder import RunFolder
+from isoflop.train.export import export_checkpoint
+from isoflop.train.run_folder import RunFolder
+from isoflop.train.setup import check_data
+from isoflop.utils.errors import UserError
 
 LITTLE = 700 * 2**20  # bytes beyond what Python and its libraries take
 
@@ -49,7 +51,7 @@ def checkpoint(undisturbed, tmp_path):
 def bounded(code, *arguments):
     """Run Python code in a process of its own, and return what it prints: how far it got, and its peak of memory in bytes."""
     code = (
-        "import resource\nfrom isoflop.errors import UserError\n"
+        "import resource\nfrom isoflop.utils.errors import UserError\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         f"{code}\nbefore = peak()\ntry:\n    call()\n    print('read')\nexcept UserError as error:\n    print(error)\n"
         "print(peak() - before)\n"
@@ -62,6 +64,17 @@ def bounded(code, *arguments):
     return "\n".join(said), int(needed)
 
 
+def refusal_of(recipe, folder):
+    """What a real run of a recipe that is refused says; every question would be answered with yes."""
+    (folder / "toy.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    done = run_command(
+        "python", "scripts/pretrain.py", folder / "toy.yaml", f"output.run_dir={folder}/run", input="y\ny\n", check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
 # --- tokenizers
 
 
@@ -72,16 +85,11 @@ def test_a_tokenizer_that_asks_for_code_is_refused(data, tmp_path, file, tried):
     (folder / "tokenizer/evil.py").write_text(f"open({str(mark)!r}, 'w')\n")
     config = folder / "tokenizer" / file
     config.write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}))
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
-    done = run_command(
-        "python", "scripts/pretrain.py", tmp_path / "toy.yaml", f"output.run_dir={tmp_path}/run", input="y\ny\n", check=False
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
+    said = refusal_of(recipe, tmp_path)
     assert (
         f"error: {config}: auto_map = {{'AutoTokenizer': ['evil.Evil', None]}}: the tokenizer asks for code of its own, which is"
         " never run here; copy the prepared folder again, or prepare it again with a tokenizer that transformers has"
-    ) in done.stderr
+    ) in said
     assert not mark.exists()
     tried(
         "a prepared folder whose tokenizer asks for code of its own",
@@ -167,9 +175,9 @@ def test_links_out_of_a_prepared_folder_are_refused(data, tmp_path, name, tried)
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "trainer_state.json", "checksums.json"])
 def test_links_out_of_a_checkpoint_are_faults(checkpoint, tmp_path, name, tried):
-    assert find_faults(checkpoint) == []
+    assert verify(checkpoint) == []
     replace_by_link(checkpoint / name, tmp_path / "elsewhere")
-    assert find_faults(checkpoint) == [
+    assert verify(checkpoint) == [
         f"{checkpoint / name} is a link to {tmp_path}/elsewhere, outside its folder; copy what it points to in its place (cp -rL)"
     ]
     tried("a link out of a prepared folder or a checkpoint", proof="refused by name; what cp -rL makes is read")
@@ -202,11 +210,11 @@ def test_a_checkpoint_of_other_tensors_is_refused(tmp_path):
     for tensors, said in (
         ({"model.b": torch.zeros(3)}, "RuntimeError: 'Missing key in checkpoint state_dict: model.b.'"[:40]),
         ({"model.a": torch.zeros(4)}, "cannot be loaded: ValueError: "),
-        ({"model.a": torch.zeros(3, dtype=torch.bfloat16)}, "model.a is of torch.float32, and the run's of torch.bfloat16"),
+        ({"model.a": torch.zeros(3, dtype=torch.bfloat16)}, "model.a is torch.float32, and the run's is torch.bfloat16"),
     ):
         with pytest.raises(UserError, match=re.escape(said)) as error:
             read(tmp_path / "step-1", tensors)
-        assert "; use another checkpoint, or the recipe that it was made by" in str(error.value)
+        assert "; use another checkpoint, or the recipe that it was trained with" in str(error.value)
 
 
 def metadata_of(path, change):
@@ -277,7 +285,7 @@ def test_a_table_of_contents_that_claims_much_takes_no_memory(tmp_path, tried):
         "        except UserError as error: print(error)"
     )
     said, needed = bounded(code, tmp_path)
-    assert said.count("/.metadata: it is no table of contents (") == len(claims)
+    assert said.count("/.metadata: it is not metadata of a checkpoint (") == len(claims)
     assert needed < LITTLE
     tried("a checkpoint's table of contents that claims much memory", len(claims), "refused, little memory taken")
 
@@ -287,7 +295,7 @@ def test_a_table_of_contents_changes_no_class(tmp_path):
     module = "torch.distributed.checkpoint.metadata"
     content = b"\x80\x02c" + f"{module}\nMetadata\n".encode() + b"N}U\x08__repr__cpathlib\nPosixPath\ns\x86b."
     (tmp_path / "step-1/.metadata").write_bytes(content)
-    with pytest.raises(UserError, match="it gives fields to what is no description of tensors"):
+    with pytest.raises(UserError, match="it sets fields of something that is not a description of tensors"):
         read(tmp_path / "step-1", {"model.a": torch.zeros(8)})
     sys.modules[module].Metadata({}, None, None)
     assert "PosixPath" not in repr(sys.modules[module].Metadata.__repr__)
@@ -303,12 +311,12 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (LAUGHS, "it holds more than 200,000 values, aliases written out"),
-        ("&a [*a]", "an alias stands for a value that it is part of"),
-        ("a: &a {b: *a}", "an alias stands for a value that it is part of"),
-        ("[" * 20_000, "it is nested too deep"),
+        (LAUGHS, "it has more than 200,000 values"),
+        ("&a [*a]", "an alias refers to a value that contains it"),
+        ("a: &a {b: *a}", "an alias refers to a value that contains it"),
+        ("[" * 20_000, "it is nested too deeply"),
         ("a: " * 1, None),
-        ("- " * 20_000 + "x", "it is nested too deep"),
+        ("- " * 20_000 + "x", "it is nested too deeply"),
         ('a: "x\\0y"', "it holds a NUL character"),
         ("a: 2026-99-99", "month must be in 1..12"),
     ],
@@ -323,11 +331,11 @@ def test_yaml_that_unfolds_is_refused(text, said):
 
 
 READERS = {
-    "recipe": "from isoflop.recipe_file import load_recipe as read_file",
+    "recipe": "from isoflop.config.loading import load_recipe as read_file",
     "law": "from isoflop.scaling.laws import load_law\ndef read_file(file): load_law(str(file))",
-    "sweep": "from isoflop.sweep.suite import load_suite as read_file",
+    "sweep": "from isoflop.sweep.config import load_sweep_config as read_file",
     "manifest": "from isoflop.data.manifest import read_manifest\ndef read_file(file): read_manifest(str(file.parent))",
-    "JSON object": "from isoflop.untrusted import read_json\ndef read_file(file): read_json(file, 'remove it')",
+    "JSON object": "from isoflop.utils.untrusted import read_json\ndef read_file(file): read_json(file, 'remove it')",
 }
 BOMBS = {
     "aliases": LAUGHS.encode(),
@@ -375,18 +383,58 @@ def test_a_line_without_end_is_refused(tmp_path, suffix, tried):
             stream.write(piece)
     code = (
         "import sys\nfrom isoflop.data.documents import read_documents\nfrom isoflop.data.sources import open_source\n"
-        "from isoflop.recipe_data import Filter, TableSource\n"
+        "from isoflop.config.recipe_data import Filter, TableSource\n"
         "def call():\n"
         "    for table in open_source(TableSource(kind='json', files=[sys.argv[1]]), 'data.source').tables:\n"
         "        for _ in read_documents(table, 0, Filter()): pass"
     )
     said, needed = bounded(code, file)
     assert said == (
-        f"{file}: a line has more than 268,435,456 bytes, and every line is read whole; write one document a line, or leave out"
+        f"{file}: a line has more than 268,435,456 bytes, and a line is read at once; write one document a line, or leave out"
         " the file"
     )
     assert needed < 3 * LITTLE
     tried("a compressed file of one line without end", proof="refused, memory stays bounded")
+
+
+def test_a_shard_of_compressed_ids_takes_no_memory(tmp_path, tried):
+    import pyarrow as pa
+
+    ids = pa.FixedSizeListArray.from_buffers(  # 1 GiB of zeros
+        pa.list_(pa.uint16(), 2**20), 2**9, [None], children=[pa.array(np.zeros(2**29, np.uint16))]
+    )
+    table = pa.table({"input_ids": ids})
+    with pa.ipc.new_stream(tmp_path / "x.arrow", table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as stream:
+        stream.write_table(table)
+    code = (
+        "import sys\nfrom isoflop.data.manifest import Shard\nfrom isoflop.data.windows import Windows\n"
+        "def call(): Windows(sys.argv[1], [Shard(name='x.arrow', bytes=0, sha256='', windows=2**9)], 2**20)"
+    )
+    said, needed = bounded(code, tmp_path)
+    assert "holds no windows: its record batches are compressed" in said
+    assert needed < LITTLE
+    tried("a shard of compressed ids", proof="refused, none unpacked")
+
+
+def test_ids_that_the_tokenizer_does_not_have_end_a_run_by_name(data, tmp_path, tried):
+    """Of all sums right: on a GPU an embedding of one ends in an assertion of CUDA that names nothing."""
+    folder, recipe = data
+    manifest = json.loads((folder / "manifest.json").read_text())
+    num_ids = manifest["tokenizer"]["num_ids"]
+    split = manifest["sources"]["text"]["splits"]["train"]
+    name = split["shards"][0]["name"]
+    (folder / name).unlink()
+    writer = ShardWriter(folder, name.removesuffix("-000.arrow"), manifest["sequence_length"], manifest["dtype"])
+    writer.add(np.full(split["shards"][0]["windows"] * manifest["sequence_length"], num_ids))
+    writer.cut()
+    split["shards"] = [shard.model_dump() for shard in writer.shards]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = refusal_of(recipe, tmp_path)
+    assert (
+        f"error: data.prepared_dir = '{folder}': a window holds the id {num_ids}, and its tokenizer has {num_ids} ids; copy the"
+        " folder again, or run isoflop prepare again"
+    ) in said
+    tried("a prepared folder with ids that its tokenizer does not have", proof="refused by name at their batch")
 
 
 def test_sealed_files_of_another_kind_are_refused(data):

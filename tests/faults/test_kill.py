@@ -12,15 +12,15 @@ import pytest
 from conftest import ROOT, curve_of, metrics_of, weights_of
 
 from isoflop.checkpoint import folder as checkpoints
-from isoflop.recipe_file import load_recipe
-from isoflop.stop import EXIT_RESUME
+from isoflop.config.loading import load_recipe
+from isoflop.train.signals import EXIT_RESUME
 
 # Where in the code a rank is killed, and at which call.
 PHASES = {
-    "step": ("isoflop.pretrain", "train_step", 6),
+    "step": ("isoflop.train.trainer", "train_step", 6),
     "save": ("isoflop.checkpoint.saver", "Saver._write", 3),
-    "evaluation": ("isoflop.pretrain", "validate", 2),
-    "warm-up": ("isoflop.pretrain", "warm_up", 1),
+    "evaluation": ("isoflop.train.trainer", "validate", 2),
+    "warm-up": ("isoflop.train.trainer", "warm_up", 1),
 }
 KILL = """
 import importlib, os, signal, threading
@@ -63,8 +63,9 @@ def undisturbed_end(ranks):
 @pytest.mark.parametrize(
     ("config", "rank", "phase"),
     [
-        ("2gpu_ddp", 1, "step"), ("2gpu_fsdp2", 1, "step"), ("2gpu_ddp", 0, "step"), ("2gpu_fsdp2", 0, "save"),
-        ("2gpu_ddp", 0, "evaluation"), ("2gpu_ddp", 1, "warm-up"), ("2gpu_zero1", 0, "save"),
+        ("2gpu_ddp", 1, "step"), ("2gpu_fsdp2", 0, "save"), ("2gpu_ddp", 0, "evaluation"), ("2gpu_ddp", 1, "warm-up"),
+        ("2gpu_zero1", 0, "save"), pytest.param("2gpu_fsdp2", 1, "step", marks=pytest.mark.slow),
+        pytest.param("2gpu_ddp", 0, "step", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_one_rank_of_two_the_other_ends_by_itself_with_a_message(

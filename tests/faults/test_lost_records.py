@@ -11,12 +11,12 @@ import pytest
 from conftest import curve_of, metrics_of, metrics_row, weights_of
 
 from isoflop.checkpoint import folder as checkpoints
-from isoflop.recipe_file import load_recipe
-from isoflop.stop import EXIT_RESUME
+from isoflop.config.loading import load_recipe
+from isoflop.train.signals import EXIT_RESUME
 
 # Something is done to the run's folder at the beginning of the step behind `step`, while the run goes on.
 MEANWHILE = """
-import os, pathlib, shutil, signal, isoflop.pretrain as pretrain
+import os, pathlib, shutil, signal, isoflop.train.trainer as pretrain
 step, done = pretrain.train_step, []
 def disturbed(job, progress):
     if progress.step == {step} and not done and job.accelerator.is_main_process:
@@ -124,7 +124,7 @@ def test_a_foreign_metrics_file_in_a_runs_folder(write_recipe, ranks, undisturbe
 
 
 DIES = """
-import os, signal, isoflop.metrics as metrics
+import os, signal, isoflop.train.metrics as metrics
 write = metrics.MetricsLog.{method}
 def killed(self, *given):
     step = given[0] if isinstance(given[0], int) else given[0]["step"]
@@ -160,7 +160,7 @@ def test_a_run_folder_removed_under_a_run(write_recipe, ranks, undisturbed, trie
     """Its state is in memory: the folder is made again, and the run comes to its end."""
     recipe = load_recipe(file := write_recipe(evaluation__sample_every=2))
     said = ranks.run("cpu", file, code=MEANWHILE.format(step=6, action="shutil.rmtree(folder)"))
-    assert said.count("was removed while the run was going on: it is made again") == 1
+    assert said.count("was removed during the run: it is made again") == 1
     assert "free some space" not in said
     folder = Path(recipe.output.run_dir)
     assert [row["step"] for row in metrics_of(recipe)] == list(range(1, 11))
@@ -191,7 +191,7 @@ def test_a_run_folder_that_another_run_has_taken_is_left_to_it(write_recipe, ran
     settings = {"training__max_steps": 100_000, "evaluation__validate_every": 100_000, "output__checkpoint_every": 100_000}
     recipe = load_recipe(file := write_recipe(**settings))
     metrics = Path(recipe.output.run_dir) / "metrics.jsonl"
-    first = ranks.start("cpu", file, code="import isoflop.pretrain as p, os, time\nstep = p.train_step\n"
+    first = ranks.start("cpu", file, code="import isoflop.train.trainer as p, os, time\nstep = p.train_step\n"
         "def waits(job, progress):\n    while progress.step == 6 and not os.path.exists(str(job.folder.path) + '.go'):\n"
         "        time.sleep(0.05)\n    return step(job, progress)\np.train_step = waits\n")  # fmt: skip
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") == 6)
@@ -200,7 +200,7 @@ def test_a_run_folder_that_another_run_has_taken_is_left_to_it(write_recipe, ran
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
     Path(f"{metrics.parent}.go").touch()
     assert first.wait(60) == [2], first.text()
-    assert "was removed while the run was going on, and is used by something else now; this run ends" in first.text()
+    assert "was removed during the run, and is used by something else now; this run ends" in first.text()
     there = metrics.read_text().count("\n")
     wait_for(lambda: metrics.read_text().count("\n") > there)
     second.kill(0, signal.SIGTERM)
@@ -223,7 +223,7 @@ def test_a_summary_that_is_damaged_is_refused_by_name(undisturbed, tmp_path, ran
     for content, reason in (
         ("{", "is not JSON"),
         ("[]", "holds a list where a JSON object belongs"),
-        ('{"steps": "ten"}', "steps = 'ten': Input should be a valid integer"),
+        ('{"steps": "ten"}', "steps = 'ten': must be a whole number"),
     ):
         (folder / "summary.json").write_text(content)
         launched = ranks.start("cpu", folder / "recipe.yaml", f"output.run_dir={folder}")

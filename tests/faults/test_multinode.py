@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import ROOT, metrics_of
 
-from isoflop.recipe_file import load_recipe
+from isoflop.config.loading import load_recipe
 
 SRUN = """#!{python}
 import os, subprocess, sys
@@ -24,6 +24,7 @@ while command[0].startswith("-"):
 nodes = [subprocess.Popen(command, stdout=open(f"{folder}/node-{{n}}.log", "w"), stderr=subprocess.STDOUT) for n in range(2)]
 sys.exit(max(abs(node.wait()) for node in nodes))
 """
+pytestmark = pytest.mark.new_process  # it looks for launchers among the processes below one another
 ACCELERATE = str(Path(sys.executable).parent / "accelerate")
 SCONTROL = "#!/bin/bash\nif [ $1 = show ]; then echo 127.0.0.1; else echo $* >> {folder}/scontrol.log; fi\n"
 
@@ -134,6 +135,6 @@ def test_before_the_time_limit_the_run_saves_and_the_job_is_queued_again(cluster
     assert process.wait(120) not in (0, 128 + signal.SIGUSR1)  # the launchers answered it, and were not ended by it
     assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
     logs = "".join((tmp_path / f"node-{n}.log").read_text() for n in range(2))
-    saved = int(re.search(r"(?:SIGUSR1|another rank): saved; the same command goes on from step-(\d+)", logs)[1])
+    saved = int(re.search(r"(?:SIGUSR1|another rank): saved; the same command resumes from step-(\d+)", logs)[1])
     assert metrics_of(load_recipe(file))[-1]["step"] == saved
     tried("SIGUSR1 to the launchers of two nodes, as Slurm sends it", proof="saved at the step it came in; the job queued again")

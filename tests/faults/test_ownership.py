@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from isoflop.checkpoint import folder as checkpoints
 from isoflop.compare.command import compare_command
-from isoflop.disk import is_lock
-from isoflop.errors import UserError
-from isoflop.evaluate import Request, evaluate_model
-from isoflop.fit.command import Request as FitRequest
-from isoflop.fit.command import fit_command
-from isoflop.pretrain import pretrain
-from isoflop.recipe_file import load_recipe
-from isoflop.run_folder import RunFolder
+from isoflop.config.loading import load_recipe
+from isoflop.evaluate.run import evaluate
+from isoflop.scaling.fit import fit_command
+from isoflop.scaling.options import FitOptions
+from isoflop.train.command import pretrain_command as pretrain
+from isoflop.train.run_folder import RunFolder
+from isoflop.utils.errors import UserError
+from isoflop.utils.io import is_lock
 
 REFUSED = "refused before any work; every byte stayed"
 
@@ -136,7 +136,7 @@ def test_what_others_put_into_a_run_stays(undisturbed, tmp_path, run_in_process,
     assert run_in_process(recipe, resume="5") == 0
     assert [(folder / name).read_text() for name in theirs] == [f"mine: {name}" for name in theirs]
     assert [path.name for path in checkpoints.list_checkpoints(folder / "checkpoints")] == ["step-5", "step-10"]
-    assert not checkpoints.find_faults(folder / "checkpoints/step-10")
+    assert not checkpoints.verify(folder / "checkpoints/step-10")
     tried(
         "files of somebody else inside a run's folder",
         len(theirs),
@@ -193,12 +193,12 @@ def test_fit_overwrites_only_its_own(name, tmp_path, table, tried):
     out = tmp_path / "out/law.json"
     out.parent.mkdir()
     (out.parent / name).write_text('{"mine": 1}')
-    with pytest.raises(UserError, match=f"{name} exists already and is not known to be written by this program"):
-        fit_command(FitRequest((table,), out=str(out), resamples=20))
+    with pytest.raises(UserError, match=f"{name} exists already, and was not written by this program"):
+        fit_command(FitOptions((table,), out=str(out), resamples=20))
     assert {path.name: path.read_text() for path in out.parent.iterdir()} == {name: '{"mine": 1}'}
     (out.parent / name).unlink()
     for _ in range(2):
-        fit_command(FitRequest((table,), out=str(out), resamples=20))
+        fit_command(FitOptions((table,), out=str(out), resamples=20))
     assert sorted(path.name for path in out.parent.iterdir()) == ["law.json", "law.md", "law.png", "law_report.json"]
     tried("fit, compare, sweep or an evaluation would overwrite a file of somebody else", proof=REFUSED)
 
@@ -216,7 +216,7 @@ def table(tmp_path_factory):
 def test_compare_overwrites_only_its_own(name, undisturbed, tmp_path, tried):
     runs = [undisturbed[family].output.run_dir for family in ("llama", "gpt2")]
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=f"--out .*{name} exists already and is not known to be written by this program"):
+    with pytest.raises(UserError, match=f"--out .*{name} exists already, and was not written by this program"):
         compare_command(runs, str(tmp_path), as_json=False)
     assert (tmp_path / name).read_text() == "mine"
     (tmp_path / name).unlink()
@@ -235,13 +235,11 @@ def test_pretrain_is_the_only_entry_and_checks_first(somebodys, toy_recipe):
 @pytest.mark.parametrize("name", ["results.json", "results.md"])
 def test_an_evaluation_overwrites_only_its_own(name, undisturbed, tmp_path, tried):
     (tmp_path / name).write_text('{"mine": 1}')
-    request = Request(model=undisturbed["llama"].output.run_dir, output=str(tmp_path), limit=2)
-    with pytest.raises(
-        UserError, match=rf"results in \S+: \S+{name} exists already and is not known to be written by this program"
-    ):
-        evaluate_model(request)
+    run = undisturbed["llama"].output.run_dir
+    with pytest.raises(UserError, match=rf"results in \S+: \S+{name} exists already, and was not written by this program"):
+        evaluate(run, output=tmp_path, limit=2)
     assert (tmp_path / name).read_text() == '{"mine": 1}'
     (tmp_path / name).unlink()
     for _ in range(2):
-        assert evaluate_model(request) == 0
+        assert evaluate(run, output=tmp_path, limit=2) is not None
     tried("fit, compare, sweep or an evaluation would overwrite a file of somebody else", proof=REFUSED)

@@ -206,6 +206,8 @@ def test_a_plan_a_fit_and_a_sweep_write_no_secret(user, write_recipe, tmp_path):
 REFUSED = {
     "a token as an override": "training.max_steps=hf_{}",
     "a password in a URL": "data.source.files=[https://u:{}@h/x]",
+    "a signed URL": "data.source.files=[https://h/x?X-Amz-Expires=9&X-Amz-Signature={}]",
+    "a key in a URL": "data.source.files=[s3://key:{}@bucket/x]",
     "a token in a URL": "output.run_dir=https://h/x?token={}",
     "a named token": "evaluation.sample_prompts=[api_key={}]",
     "no section": "token={}",
@@ -253,7 +255,7 @@ def test_a_recipe_and_a_sweep_with_a_secret_are_refused(user, write_recipe, tmp_
 def test_a_traceback_and_a_launchers_word_hold_no_secret(user, write_recipe, tmp_path):
     """A traceback has a message, too; the launcher of a single process repeats the command unless it is quiet."""
     code = (
-        "import os\nfrom isoflop.errors import run_command\n"
+        "import os\nfrom isoflop.utils.command import run_command\n"
         "def main():\n raise RuntimeError('no login with ' + os.environ['MY_PASSWORD'])\nrun_command(main)"
     )
     status, said = user("python", "-c", code, check=False)

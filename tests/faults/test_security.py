@@ -14,7 +14,7 @@ from conftest import ROOT
 from isoflop.checkpoint import folder as checkpoints
 from isoflop.checkpoint.state import read
 from isoflop.data.manifest import read_manifest
-from isoflop.errors import UserError
+from isoflop.utils.errors import UserError
 
 
 class Evil:
@@ -46,7 +46,7 @@ def test_a_pickle_in_a_checkpoint_is_refused_unopened(stopped_run, ranks, tmp_pa
     path, mark = stopped_run / "checkpoints/step-10", tmp_path / "ran"
     (path / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
     reseal(path)
-    assert checkpoints.find_faults(path) == []
+    assert checkpoints.verify(path) == []
     launched = ranks.start("cpu", stopped_run / "recipe.yaml", f"output.run_dir={stopped_run}")
     assert launched.wait() == [2], launched.text()
     assert re.search(r"error: \S*step-10/\.metadata: it names \S+, which no description of tensors needs", launched.text())
@@ -108,7 +108,7 @@ def test_checksums_cannot_name_a_file_outside_their_folder(stopped_run):
     path = stopped_run / "checkpoints/step-10"
     sums = json.loads((path / "checksums.json").read_text()) | {"../../recipe.yaml": "0"}
     (path / "checksums.json").write_text(json.dumps(sums))
-    assert checkpoints.find_faults(path) == ["checksums.json names '../../recipe.yaml', which is no file of this folder"]
+    assert checkpoints.verify(path) == ["checksums.json names '../../recipe.yaml', which is no file of this folder"]
 
 
 def test_no_remote_code_and_no_unsafe_loads_are_in_the_code():

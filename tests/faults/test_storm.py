@@ -5,6 +5,7 @@ command resumes every time from the newest complete checkpoint, and at the end n
 """
 
 import json
+import pkgutil
 import random
 import re
 import shutil
@@ -19,7 +20,7 @@ from test_anomalies import BAD_BATCH
 
 from isoflop.checkpoint import folder as checkpoints
 from isoflop.checkpoint.state import TensorReader, read
-from isoflop.recipe_file import load_recipe
+from isoflop.config.loading import load_recipe
 
 # Samples fall on steps without validation, and the other way round; saves on both kinds, and on neither.
 EVERYTHING = {
@@ -35,19 +36,20 @@ ENGINES = {
 }  # fmt: skip
 # Every part of the program that a run passes through once, and many times.
 ONCE = [
-    "isoflop.pretrain.load_checkpoint", "isoflop.pretrain.start", "isoflop.pretrain.warm_up", "isoflop.pretrain.roll_back",
-    "isoflop.pretrain.finish", "isoflop.outcome.export_checkpoint", "isoflop.run_folder.replace_folder",
+    "isoflop.train.trainer.load_checkpoint", "isoflop.train.trainer.start", "isoflop.train.trainer.warm_up",
+    "isoflop.train.trainer.roll_back", "isoflop.train.trainer.finish", "isoflop.train.outcome.export_checkpoint",
+    "isoflop.train.run_folder.replace_folder",
 ]  # fmt: skip
 OFTEN = [
-    "isoflop.pretrain.train_step", "isoflop.pretrain.sum_gradients", "isoflop.pretrain.update",
-    "isoflop.pretrain.save_checkpoint", "isoflop.checkpoint.saver.Saver._write", "isoflop.checkpoint.saver.seal",
-    "isoflop.checkpoint.folder.replace_folder", "isoflop.checkpoint.folder.prune", "isoflop.pretrain.measure",
-    "isoflop.pretrain.validate", "isoflop.pretrain.run_downstream", "isoflop.pretrain.write_samples",
-    "isoflop.metrics.MetricsLog.write_samples", "isoflop.metrics.MetricsLog.write", "isoflop.pretrain.draw_curve",
-    "isoflop.run_folder.write_aside",
+    "isoflop.train.trainer.train_step", "isoflop.train.trainer.sum_gradients", "isoflop.train.trainer.update",
+    "isoflop.train.trainer.save_checkpoint", "isoflop.checkpoint.saver.Saver._write", "isoflop.checkpoint.saver.commit",
+    "isoflop.checkpoint.folder.replace_folder", "isoflop.checkpoint.folder.prune", "isoflop.train.trainer.evaluate_and_log",
+    "isoflop.train.trainer.validate", "isoflop.train.trainer.run_downstream", "isoflop.train.trainer.write_samples",
+    "isoflop.train.metrics.MetricsLog.write_samples", "isoflop.train.metrics.MetricsLog.write",
+    "isoflop.train.outcome.draw_curve", "isoflop.train.run_folder.atomic_write",
 ]  # fmt: skip
 CHECKPOINT = re.compile(r"checkpoints/step-\d+")
-BETWEEN_SAVE_AND_ROW = "isoflop.pretrain.measure"
+BETWEEN_SAVE_AND_ROW = "isoflop.train.trainer.evaluate_and_log"
 # All ranks are killed some time after rank 0's n-th entry into (or return from) a part; `settled`: once the checkpoint in flight
 # is complete. Stopped first, and from outside, so that none sees another gone.
 KILL = """
@@ -75,7 +77,7 @@ if os.environ.get("RANK", "0") == "0":
         if len(calls) != {call}:
             return function(*given, **named)
         if {settled}:
-            given[0].saver.wait()
+            given[0].checkpoints.wait()
         elif {after}:
             function(*given, **named)
         elif {delay}:
@@ -138,7 +140,7 @@ def storm(ranks, write_recipe, config, policy, kills, seed):
     """Kill a run so often, starting over in a new folder where it came to its end, and compare every end."""
     changes = EVERYTHING | {key: value for key, value in ENGINES[config].items() if "__" in key}
     whole, file = write_recipe("whole", **changes), write_recipe("killed", **changes)
-    ranks.preload("isoflop.harness")
+    ranks.preload("isoflop.evaluate.harness")
     began = time.monotonic()
     launch(ranks, config, whole, policy).succeed()
     life_s = time.monotonic() - began
@@ -147,7 +149,7 @@ def storm(ranks, write_recipe, config, policy, kills, seed):
     assert [row[0] for row in expected["curve"]] == list(range(1, 15))
     folder, queue, done = Path(recipe.output.run_dir), moments(random.Random(seed), life_s), 0
     while done < kills:
-        newest, moment = newest_whole(folder), next(queue)
+        newest, moment = newest_intact(folder), next(queue)
         launched = launch(ranks, config, file, policy, moment if isinstance(moment, str) else "")
         if not isinstance(moment, str):
             time.sleep(moment)
@@ -167,8 +169,8 @@ def storm(ranks, write_recipe, config, policy, kills, seed):
     require_same(recipe, expected, retained)
 
 
-def newest_whole(folder):
-    whole = [path for path in checkpoints.list_checkpoints(folder / "checkpoints") if not checkpoints.find_faults(path)]
+def newest_intact(folder):
+    whole = [path for path in checkpoints.list_checkpoints(folder / "checkpoints") if not checkpoints.verify(path)]
     return whole[-1].name if whole else None
 
 
@@ -179,10 +181,15 @@ def require_same(recipe, expected, retained):
     assert checkpoint_names(recipe) == retained
 
 
+@pytest.mark.parametrize("part", [*ONCE, *OFTEN])
+def test_the_parts_that_are_killed_are_there(part):
+    assert callable(pkgutil.resolve_name(part))
+
+
 @pytest.mark.parametrize(
     ("config", "policy", "kills"),
     [
-        ("cpu", "rollback", 6),
+        ("cpu", "rollback", 4),
         *(
             pytest.param(config, policy, 20, marks=[pytest.mark.slow, pytest.mark.distributed])
             for config in ENGINES
@@ -198,21 +205,21 @@ def test_a_storm(config, policy, kills, write_recipe, ranks, tried, request):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("config", ["2gpu_fsdp2", "8gpu_hsdp"])
+@pytest.mark.parametrize("config", ["2gpu_fsdp2", pytest.param("8gpu_hsdp", marks=pytest.mark.slow)])
 def test_a_resumed_run_may_begin_with_samples(config, write_recipe, ranks, tried):
     """Killed between a save and its step's row, where samples are due and validation is not: FSDP2 wants its root first."""
     file = write_recipe(evaluation__sample_every=4, output__checkpoint_every=4, training__micro_batch_size=2)
     settings = {key: value for key, value in ENGINES[config].items() if "__" not in key}
     dies = """
-import os, signal, isoflop.pretrain as pretrain
-measure = pretrain.measure
+import os, signal, isoflop.train.trainer as pretrain
+measure = pretrain.evaluate_and_log
 def killed(job, log, row):
     if row["step"] == 4:
-        job.saver.wait()
+        job.checkpoints.wait()
         job.accelerator.wait_for_everyone()
         os.kill(os.getpid(), signal.SIGKILL)
     return measure(job, log, row)
-pretrain.measure = killed
+pretrain.evaluate_and_log = killed
 """
     assert set(ranks.start(config, file, code=dies, **settings).wait()) == {-signal.SIGKILL}
     said = ranks.run(config, file, **settings)
@@ -232,16 +239,16 @@ def killed(self, file, **named):
     save(self, file, **named)
     calls.append(1)
     if len(calls) == 2:
-        job.saver.wait()
+        job.checkpoints.wait()
         os.kill(os.getpid(), signal.SIGKILL)
 matplotlib.figure.Figure.savefig = killed
-import isoflop.pretrain as pretrain
-warm_up = pretrain.warm_up
-def keeping(given):
+import isoflop.train.trainer as pretrain
+start = pretrain.start
+def keeping(given, state):
     global job
     job = given
-    warm_up(given)
-pretrain.warm_up = keeping
+    return start(given, state)
+pretrain.start = keeping
 """
 
 
@@ -250,7 +257,7 @@ def test_a_kill_in_the_last_picture(write_recipe, ranks, tried):
     file = write_recipe()
     folder = Path(load_recipe(file).output.run_dir)
     assert ranks.start("cpu", file, code=IN_THE_LAST_PICTURE).wait() == [-signal.SIGKILL]
-    assert newest_whole(folder) == "step-10"
+    assert newest_intact(folder) == "step-10"
     assert metrics_of(load_recipe(file))[-1]["step"] == 10
     before = (folder / "loss.png").stat().st_mtime_ns
     ranks.run("cpu", file)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, curve_of, metrics_of, weights_of
 
-from isoflop.recipe_file import load_recipe
+from isoflop.config.loading import load_recipe
 
 # The clock of the wall, for this process alone: a year ahead and a decade back, by turns.
 JUMPING_CLOCK = """
@@ -32,7 +32,7 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to put a jumping clock under a process")
-@pytest.mark.parametrize("config", ["cpu", pytest.param("2cpu_ddp", marks=pytest.mark.distributed)])
+@pytest.mark.parametrize("config", ["cpu", pytest.param("2cpu_ddp", marks=[pytest.mark.distributed, pytest.mark.slow])])
 def test_a_clock_that_jumps(config, write_recipe, undisturbed, tmp_path, tried):
     (tmp_path / "clock.c").write_text(JUMPING_CLOCK)
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "clock.so", tmp_path / "clock.c", "-ldl"], check=True)
@@ -123,3 +123,14 @@ def test_a_second_process_on_the_same_folder(write_recipe, ranks, tried):
         "a second process on a run's folder; the lock of a killed one",
         proof="refused with the first one's host and pid, whose training went on; taken over",
     )
+
+
+@pytest.mark.distributed
+def test_what_a_kill_left_of_an_extension_being_loaded_stops_no_launch(tmp_path, write_recipe, ranks, tried):
+    """Torch waits without end for the file `lock` that a killed process left where DeepSpeed's extensions are built."""
+    left = tmp_path / "deepspeed_shm_comm/lock"
+    left.parent.mkdir()
+    left.touch()
+    launched = ranks.start("2gpu_zero1", write_recipe(), env={"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    assert launched.wait(timeout=120) == [0, 0], launched.text()
+    tried("a `kill -9` while DeepSpeed loads an extension: its lock stays", proof="the next launch does not wait for it")

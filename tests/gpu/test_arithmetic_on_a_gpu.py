@@ -17,10 +17,10 @@ from gpu_parts.correct import (
     some_ids,
 )
 
-from isoflop.devices import why_no_gpu
 from isoflop.modeling import documents, loss
-from isoflop.modeling.loss import IGNORED, linear_cross_entropy_sum
-from isoflop.training_model import build_training_model
+from isoflop.modeling.loss import IGNORE_INDEX, linear_cross_entropy_sum
+from isoflop.train.devices import why_no_gpu
+from isoflop.train.training_model import build_training_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,7 +49,7 @@ def test_the_chunked_loss_is_the_plain_one(arithmetic, softcap, chunk_rows, comp
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(512, WIDTH, generator=generator), torch.randn(VOCABULARY, WIDTH, generator=generator) * 0.1
     targets = torch.randint(VOCABULARY, (512,), generator=generator)
-    targets[::7] = IGNORED
+    targets[::7] = IGNORE_INDEX
     dtype = torch.float32 if arithmetic == "fp32" else torch.bfloat16
 
     expected, *expected_gradients = reference_loss(hidden.to(dtype).float(), weight.to(dtype).float(), targets, softcap)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import curve_of, launch, metrics_of, run_command, weights_of
 
-from isoflop import cost
-from isoflop.devices import why_no_gpu
-from isoflop.recipe_file import load_recipe
+from isoflop.config.loading import load_recipe
+from isoflop.plan import cost
+from isoflop.train.devices import why_no_gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,8 +22,8 @@ pytestmark = [
 DETERMINISTIC = """
 import sys, torch
 torch.use_deterministic_algorithms(True, warn_only=True)
-from isoflop.pretrain import pretrain
-from isoflop.recipe_file import load_recipe
+from isoflop.train.command import pretrain_command as pretrain
+from isoflop.config.loading import load_recipe
 sys.exit(pretrain(load_recipe(sys.argv[1]), resume=sys.argv[2] or None))
 """
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1", "ACCELERATE_MIXED_PRECISION": "bf16"}

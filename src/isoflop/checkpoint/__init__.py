@@ -1,5 +1,5 @@
-"""Checkpoints: whole or not there, written while training goes on, loaded by any engine at any world size.
+"""Checkpoints: complete or absent, written while training continues, loaded by any engine at any world size.
 
-folder: which are there, which are whole, which to keep.  state: the tensors of a run by their own names, for every engine.
-saver: writes them in the background.
+manager: `CheckpointManager`, what training uses.  folder: listing, verification, retention.  state: a run's tensors under names
+that no engine changes.  saver: writes them in the background.
 """

@@ -1,58 +1,59 @@
-"""A run's `checkpoints/`: what is there, what is whole, and what may go.
+"""A run's `checkpoints/`: listing, verification and retention.
 
-`step-N/` is the state after N optimizer steps. It is written aside, checksummed file by file, synced and renamed, so a kill or a
-full disk at any moment leaves the one before as it was.
+`step-N/` is the state after N optimizer steps. It is written to a temporary folder, checksummed file by file, synced and renamed,
+so a kill or a full disk at any moment leaves the previous checkpoint intact.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from isoflop.disk import remove_own, replace_folder, sha256
-from isoflop.errors import UserError
-from isoflop.untrusted import leaves_folder, named, read_json, shown
+from isoflop.utils.errors import UserError
+from isoflop.utils.io import remove_own, replace_folder, sha256
+from isoflop.utils.untrusted import leaves_folder, named, read_json, shown
 
+logger = logging.getLogger(__name__)
 CHECKSUMS, TRAINER_STATE = "checksums.json", "trainer_state.json"
-MOST_FAULTS = 8  # of a checkpoint, in a message
+MOST_FAULTS = 8  # listed in one message
 # The files of a checkpoint: these, and torch.distributed.checkpoint's.
 _OWN = re.compile(r"checksums\.json|trainer_state\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    named = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]  # not a copy by hand
-    return sorted((path for path in named if any(_OWN.fullmatch(file.name) for file in path.glob("*"))), key=step_of)
+    """Return the complete checkpoints, oldest first."""
+    numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]  # not a copy made by hand
+    return sorted((path for path in numbered if any(_OWN.fullmatch(file.name) for file in path.glob("*"))), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """Optimizer steps behind a checkpoint, from its name."""
+    """Return the optimizer steps of a checkpoint, from its name."""
     return int(path.name.removeprefix("step-"))
 
 
-def partial(folder: Path, step: int) -> Path:
-    """Where a checkpoint is written before it is whole."""
+def temporary(folder: Path, step: int) -> Path:
+    """Return the folder that a checkpoint is written to before it is complete."""
     return folder / f".step-{step}.partial"
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint whose files match their checksums; a broken one is named on stderr and passed over."""
+def newest_intact(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose files match their checksums. A broken one is logged and skipped."""
     for path in reversed(list_checkpoints(folder)):
-        if not (faults := find_faults(path)):
+        if not (faults := verify(path)):
             return path
-        print(f"checkpoint {path} is broken ({'; '.join(faults)}): using an older one", file=sys.stderr, flush=True)
+        logger.warning("checkpoint %s is broken (%s): using an older one", path, "; ".join(faults))
     return None
 
 
-def find_faults(path: Path) -> list[str]:
-    """What is wrong with a checkpoint: missing, truncated or altered files, by name. Empty when it is whole."""
+def verify(path: Path) -> list[str]:
+    """Return what is wrong with a checkpoint: missing, truncated or altered files, by name. Empty where it is intact."""
     if outside := leaves_folder(path / CHECKSUMS, path):
         return [outside]
     try:
@@ -75,52 +76,52 @@ def find_faults(path: Path) -> list[str]:
     return faults
 
 
-def seal(aside: Path, final: Path, trainer_state: dict[str, Any], known: dict[str, str]) -> None:
-    """Make a written checkpoint whole: trainer state, the checksum of every file, all synced to the disk, then its name.
+def commit(tmp: Path, final: Path, trainer_state: dict[str, Any], known: dict[str, str]) -> None:
+    """Complete a checkpoint: write trainer state and the checksum of every file, sync all, then rename the folder.
 
-    `known` are checksums that the ranks took of the files they wrote.
+    `known` holds the checksums that the ranks computed of the files they wrote.
     """
-    (aside / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=1) + "\n", encoding="utf-8")
-    checksums = {file.name: known.get(file.name) or sha256(file) for file in sorted(aside.iterdir())}
-    (aside / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
-    for file in aside.iterdir():
+    (tmp / TRAINER_STATE).write_text(json.dumps(trainer_state, indent=1) + "\n", encoding="utf-8")
+    checksums = {file.name: known.get(file.name) or sha256(file) for file in sorted(tmp.iterdir())}
+    (tmp / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
+    for file in tmp.iterdir():
         _sync(file)
-    _sync(aside)
-    replace_folder(aside, final, _OWN)  # one of the same step is there after going back to an older one
+    _sync(tmp)
+    replace_folder(tmp, final, _OWN)  # after returning to an older step, one of the same step exists
     _sync(final.parent)
 
 
 def read_trainer_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors. Raises `UserError` where that is no JSON object."""
+    """Return what a checkpoint holds beside its tensors. Raises `UserError` where that is not a JSON object."""
     return read_json(path / TRAINER_STATE, "use another checkpoint")
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None, keep: Iterable[int] = ()) -> None:
-    """Delete all but the newest `keep_last`, the multiples of `keep_every`, the steps in `keep`, and what is held."""
+    """Delete all but the newest `keep_last`, the multiples of `keep_every`, the steps in `keep`, and those being read."""
     for path in list_checkpoints(folder)[:-keep_last]:
         step = step_of(path)
-        if step not in keep and (keep_every is None or step % keep_every) and not _is_held(path):
+        if step not in keep and (keep_every is None or step % keep_every) and not _is_being_read(path):
             remove_own(path, _OWN)
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Delete checkpoints of later steps: after going back to `step` they are of a past that retention must not count."""
+    """Delete the checkpoints of later steps. After a return to `step` retention must not count them."""
     for path in list_checkpoints(folder):
         if step_of(path) > step:
             remove_own(path, _OWN)
 
 
-def remove_partials(folder: Path) -> None:
-    """Delete what a kill left half written."""
+def remove_temporary(folder: Path) -> None:
+    """Delete incomplete checkpoints that a kill left behind."""
     for path in folder.glob(".step-*.partial"):
         remove_own(path, _OWN)
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Keep retention, also another process's, from deleting a checkpoint while it is read or pushed.
+def read_locked(path: Path) -> Iterator[None]:
+    """Keep retention, of this process or another, from deleting a checkpoint while it is read or pushed.
 
-    The kernel lets go when the process ends, however it ends. A file system without locks cannot be told: nothing is held there.
+    The kernel releases the lock when the process ends, however it ends. On a file system without locks nothing is locked.
     """
     with (path / CHECKSUMS).open("rb") as stream:
         with suppress(OSError):
@@ -128,13 +129,13 @@ def held(path: Path) -> Iterator[None]:
         yield
 
 
-def _is_held(path: Path) -> bool:
+def _is_being_read(path: Path) -> bool:
     try:
         with (path / CHECKSUMS).open("r+b") as stream:  # for writing: NFS gives exclusive locks to no one else
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # not whole, so nobody's; or no locks here, so nobody can hold it
+    except OSError:  # incomplete, so nobody reads it; or a file system without locks
         return False
     return False
 

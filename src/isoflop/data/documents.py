@@ -1,4 +1,4 @@
-"""The documents of a part, checked and filtered, in batches of Arrow strings; and what is wrong where they cannot be read."""
+"""Read the documents of a part, checked and filtered, in batches of Arrow strings."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from isoflop.data.files import find_fault, name_of
+from isoflop.config.recipe_data import Filter
 from isoflop.data.sources import Table
-from isoflop.errors import UserError, nearest
-from isoflop.recipe_data import Filter
+from isoflop.utils.errors import UserError
 
 T = TypeVar("T")
-BATCH_BYTES = 4 * 2**20  # of text encoded at once: past the cost of a call, and small beside a process
+BATCH_BYTES = 4 * 2**20  # of text encoded at once: enough to amortize a call, and little memory per process
 
 
 class Batch(NamedTuple):
-    """Documents in the order of the part."""
+    """Documents of a part, in order."""
 
     rows: NDArray[np.int64]
-    """Their row numbers in the part, (documents,)."""
+    """Row numbers in the part, (documents,)."""
     texts: pa.LargeStringArray
     scores: NDArray[np.float64] | None
     end: int | None
-    """The row after the last one looked at, where reading from there on gives the same batches as going on; None elsewhere."""
+    """Row at which reading can resume with the same batches that follow; None where it cannot."""
     left_out: Counter[str]
-    """What was left out since the batch before, by reason."""
+    """Documents left out since the previous batch, by reason."""
 
 
-def ahead(items: Iterator[T], count: int = 2) -> Iterator[T]:
-    """The same items, made by a thread of their own up to `count` of them ahead."""
+def prefetch(items: Iterator[T], count: int = 2) -> Iterator[T]:
+    """Yield the same items, computed by a thread up to `count` items ahead."""
     end: Any = object()
     with ThreadPoolExecutor(1) as pool:
         coming = deque(pool.submit(next, items, end) for _ in range(count))
@@ -45,20 +44,20 @@ def ahead(items: Iterator[T], count: int = 2) -> Iterator[T]:
 
 
 def read_documents(table: Table, number: int, wanted: Filter, start: int = 0) -> Iterator[Batch]:
-    """Batches of a part's documents from row `start` on, with counts of what is left out.
+    """Yield batches of a part's documents from row `start` on, with counts of those left out.
 
-    Raises `UserError` for rows that are not text, for text that is not UTF-8, and for files that cannot be read.
+    Raises `UserError` for rows without text, text that is not UTF-8, and files that cannot be read.
     """
-    gathered: list[Batch] = []
+    collected: list[Batch] = []
     size = 0
     for batch in _checked(table, number, wanted, start):
-        gathered.append(batch)
+        collected.append(batch)
         size += batch.texts.nbytes
         if size >= BATCH_BYTES:
-            yield from _cut(_joined(gathered))
-            gathered, size = [], 0
-    if gathered:
-        yield from _cut(_joined(gathered))
+            yield from _cut(_joined(collected))
+            collected, size = [], 0
+    if collected:
+        yield from _cut(_joined(collected))
 
 
 def _joined(batches: list[Batch]) -> Batch:
@@ -73,7 +72,7 @@ def _joined(batches: list[Batch]) -> Batch:
 
 
 def _cut(batch: Batch) -> Iterator[Batch]:
-    """Long documents go one by one, so that memory follows the longest document, not the longest hundred."""
+    """Split a batch of long documents, so that memory follows the longest document, not the longest hundred."""
     pieces = min(len(batch.rows), max(1, batch.texts.nbytes // (2 * BATCH_BYTES))) or 1
     for piece in np.array_split(np.arange(len(batch.rows)), pieces):
         first, last = (piece[0], piece[-1] + 1) if len(piece) else (0, 0)
@@ -85,13 +84,17 @@ def _cut(batch: Batch) -> Iterator[Batch]:
 def _checked(table: Table, number: int, wanted: Filter, start: int) -> Iterator[Batch]:
     row = start
     for read in _read(table, number, start):
-        texts, valid = _as_text(table, read)
+        texts = pa.concat_arrays(read["text"].chunks) if read["text"].num_chunks else pa.array([], pa.large_string())
+        valid = texts.is_valid().to_numpy(zero_copy_only=False)
         scores = None
-        if "score_column" in table.columns:
-            scores = _column(table, read, "score_column").cast(pa.float64()).fill_null(np.nan).to_numpy()
+        if table.columns.score is not None:
+            scores = read["score"].fill_null(np.nan).to_numpy()
             valid &= np.isfinite(scores)
         if wanted.invalid_rows == "refuse" and not valid.all():
-            _refuse(table, number, row, read, int(np.flatnonzero(~valid)[0]))
+            raise UserError(
+                f"{table.key}: {table.describe_row(number, row + int(np.flatnonzero(~valid)[0]))}; fix it, or set"
+                " data.filter.invalid_rows=skip to leave such rows out and count them"
+            )
         kept = valid
         if wanted.min_characters:
             kept = valid & (pc.utf8_length(texts).fill_null(0).to_numpy() >= wanted.min_characters)
@@ -102,43 +105,13 @@ def _checked(table: Table, number: int, wanted: Filter, start: int) -> Iterator[
 
 
 def _read(table: Table, number: int, start: int) -> Iterator[pa.Table]:
-    """Tables of a few rows, their strings proved to be UTF-8."""
+    """Yield tables of a few rows."""
     try:
-        for read in table.tables(number, start):
-            read.validate(full=True)
-            yield read
+        yield from table.tables(number, start)
     except UserError:
         raise
-    except Exception as error:  # Arrow's, the decompressors', the Hub client's and its transport's
-        found = next(filter(None, (find_fault(file, table.source.kind) for file in table.files_of(number))), None)
-        reason = found or f"part {number} of {table.num_parts} cannot be read: {error.__cause__ or error}"
-        raise UserError(f"{table.key}: {reason}; mend or leave out the file: what is finished is kept") from error
-
-
-def _column(table: Table, read: pa.Table, which: str) -> Any:
-    name = table.columns[which]
-    if name not in read.column_names:
-        raise UserError(f"{table.key}.{which} = {name!r} is not in the data{nearest(name, read.column_names)}")
-    column = read[name].combine_chunks()
-    return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
-
-
-def _as_text(table: Table, read: pa.Table) -> tuple[pa.LargeStringArray, NDArray[np.bool_]]:
-    """The text column as strings, and which of its rows are."""
-    column = _column(table, read, "text_column")
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return column.cast(pa.large_string()), np.asarray(column.is_valid())
-    return pa.nulls(len(column), pa.large_string()), np.zeros(len(column), dtype=bool)
-
-
-def _refuse(table: Table, number: int, first_row: int, read: pa.Table, offset: int) -> None:
-    bad = [which for which, name in table.columns.items() if not isinstance(read[name][offset].as_py(), str | int | float)]
-    which = bad[0] if bad else "text_column"
-    name = table.columns[which]
-    of = f" of part {number}" if table.num_parts > 1 else ""
-    files = ", ".join(name_of(file) for file in table.files_of(number)[:3])
-    raise UserError(
-        f"{table.key}: row {first_row + offset}{of} ({files or 'streamed'}) has {name} = {read[name][offset].as_py()!r}; every"
-        f" row needs {'a string' if which == 'text_column' else 'a number'}: mend it, or set data.filter.invalid_rows=skip to"
-        " leave such rows out and count them"
-    )
+    except Exception as error:  # from `datasets`
+        raise UserError(
+            f"{table.key}: part {number} of {table.num_parts} cannot be read: {error.__cause__ or error}; fix or leave out the"
+            " file: finished parts are kept"
+        ) from error

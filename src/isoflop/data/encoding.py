@@ -1,8 +1,7 @@
-"""Text to token ids, by the fastest library that gives the tokenizer's own ids.
+"""Encode text to token ids with the fastest library that gives the tokenizer's own ids.
 
-gigatoken encodes tens of times faster than `tokenizers`, the library that tokenizers are defined by. Before a corpus it has
-to give the same ids on the corpus's first documents and on odd strings, and on a sample of every shard after that; where
-it does not, the whole corpus is encoded by `tokenizers`.
+gigatoken encodes tens of times faster than `tokenizers`, the reference implementation. It must give the same ids on the corpus's
+first documents, on odd strings, and on a sample of every shard. Where it does not, `tokenizers` encodes the entire corpus.
 """
 
 from __future__ import annotations
@@ -22,29 +21,46 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as FastTokenizer
 
 from isoflop.data.order import keyed_uniform
-from isoflop.errors import UserError
+from isoflop.utils.errors import UserError
 
 Engine = Literal["gigatoken", "tokenizers"]
 Ids = NDArray[np.uint32]
 
-SAMPLED = 1 / 8192  # of the documents are encoded by both: under a hundredth of the time at a speed of 60 to 1
+SAMPLED = 1 / 8192  # of the documents are encoded by both: under 1% of the time at a speed of 60 to 1
 LONGEST_SAMPLED_BYTES = 1 << 16
-_PLANES_IN_USE = 0x40000  # behind them Unicode has only tags and variation selectors (U+E0001 to U+E01EF) and private use
+_PLANES_IN_USE = 0x40000  # above it Unicode has only tags and variation selectors (U+E0001 to U+E01EF) and private use
 
 
 class EngineDiffers(Exception):
-    """gigatoken gave other ids than `tokenizers`; the message holds the text."""
+    """gigatoken gave other ids than `tokenizers`; the message quotes the text."""
 
 
 class _Backend(Protocol):
     def __call__(self, texts: pa.LargeStringArray) -> tuple[Ids, NDArray[np.int64]]:
-        """Ids of all texts on end, and how many each has; nothing added."""
+        """Return the concatenated ids of all texts, and the number of each; nothing is added."""
+
+
+def added_ids(backend: FastTokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer adds before and after a text by default."""
+    added, plain = backend.encode("x").ids, backend.encode("x", add_special_tokens=False).ids
+    at = next(i for i in range(len(added)) if added[i : i + len(plain)] == plain)
+    return added[:at], added[at + len(plain) :]
+
+
+def unknown_id(backend: FastTokenizer) -> int | None:
+    """Return the id of a tokenizer's unknown token; None where it has none."""
+    model: dict[str, Any] = json.loads(backend.to_str())["model"]
+    if model["type"] == "Unigram":
+        found: int | None = model.get("unk_id")
+        return found
+    return backend.token_to_id(model["unk_token"]) if model.get("unk_token") else None
 
 
 class Encoder:
-    """Encodes documents as the tokenizer does by default (with its BOS, if it adds one), then the end-of-text id.
+    """Encodes documents as the tokenizer does by default (with its BOS, if it adds one), each followed by one end-of-text id.
 
-    The text of a special token inside a document is plain text. `threads` lets gigatoken use a pool of threads.
+    Where the BOS is the end-of-text token, that of the previous document serves as BOS. The text of a special token inside a
+    document is plain text. `threads` lets gigatoken use a thread pool.
     """
 
     def __init__(self, backend: FastTokenizer, eos_token_id: int, engine: Engine, threads: bool) -> None:
@@ -52,36 +68,32 @@ class Encoder:
         backend.no_padding()
         backend.encode_special_tokens = True
         self.num_ids = max(backend.get_vocab().values()) + 1
+        self.unknown_id = unknown_id(backend)
         self._eos = eos_token_id
-        added, plain = backend.encode("x").ids, backend.encode("x", add_special_tokens=False).ids
-        at = next(i for i in range(len(added)) if added[i : i + len(plain)] == plain)
-        self._before, self._after = added[:at], [*added[at + len(plain) :], eos_token_id]
+        before, after = ([one for one in added if one != eos_token_id] for added in added_ids(backend))
+        self._before, self._after = before, [*after, eos_token_id]
         self._reference = _reference(backend)
         self._encode = self._reference if engine == "tokenizers" else _gigatoken(backend, threads)
         self._engine = engine
 
     def __call__(self, texts: pa.LargeStringArray) -> tuple[Ids, NDArray[np.int64]]:
-        """Ids of all documents on end, (tokens,), and the tokens of each, (documents,)."""
+        """Return the concatenated ids of all documents, (tokens,), and the tokens of each, (documents,)."""
         ids, lengths = self._encode(texts)
         if len(ids) and ids.max() >= self.num_ids:
             raise UserError(
-                f"the tokenizer gave id {ids.max()}, and its vocabulary has {self.num_ids}: it is broken, mend its tokenizer.json"
+                f"the tokenizer gave id {ids.max()}, and its vocabulary has {self.num_ids}: fix its"
+                " tokenizer.json, which contradicts itself"
             )
         ends = np.cumsum(lengths)
         if (ids == self._eos).any():
             document = int(np.searchsorted(ends, int(np.flatnonzero(ids == self._eos)[0]), side="right"))
             raise UserError(
                 f"the end-of-text token (id {self._eos}) also comes out of text, {texts[document].as_py()[:60]!r}: documents"
-                " could not be told apart; give the tokenizer an end-of-text token of its own, marked as special"
+                " could not be separated; give the tokenizer an end-of-text token of its own, marked as special"
             )
         width = len(self._before) + len(self._after)
         places = np.stack([ends - lengths] * len(self._before) + [ends] * len(self._after), axis=1).reshape(-1)
         return np.insert(ids, places, np.tile(self._before + self._after, len(lengths))), lengths + width
-
-    def plain(self, texts: pa.LargeStringArray) -> list[Ids]:
-        """The ids of each document with nothing added."""
-        ids, lengths = self._encode(texts)
-        return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
     def check(self, texts: pa.LargeStringArray) -> None:
         """Raise `EngineDiffers` where `tokenizers` gives other ids."""
@@ -98,7 +110,7 @@ class Encoder:
                 raise EngineDiffers(f"{text[:80]!r}{' ...' if len(text) > 80 else ''}")
 
     def check_sample(self, rows: NDArray[np.int64], texts: pa.LargeStringArray, first: bool) -> None:
-        """`check` of one document in 8,192, and of the first one where a shard starts."""
+        """Check one document in 8,192, and with `first` the first one, as at the start of a shard."""
         chosen = keyed_uniform(0, rows) < SAMPLED
         chosen[: int(first)] = True
         chosen &= pc.binary_length(texts).to_numpy() < LONGEST_SAMPLED_BYTES
@@ -122,7 +134,7 @@ def _load_gigatoken(tokenizer_json: str) -> Any:
     described["added_tokens"] = [token for token in described["added_tokens"] if not token["special"]]
     try:
         return gigatoken_rs.load_hf_json(json.dumps(described))
-    except BaseException as error:  # its panics are no Exception
+    except BaseException as error:  # its panics are not of Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise EngineDiffers(f"it cannot read this tokenizer: {error}") from error
@@ -151,14 +163,14 @@ def _gigatoken(backend: FastTokenizer, threads: bool) -> _Backend:
 
 @functools.cache
 def unassigned() -> str:
-    """A pattern for the characters that Python's Unicode does not know yet (14.0 in Python 3.11).
+    """Return a pattern for the characters that Python's Unicode version does not assign (14.0 in Python 3.11).
 
-    Whether such a one is a letter depends on the Unicode of each library, and where words end on that: seen with U+16EC1, a
-    letter since 17.0. Documents with one, some in a million, are left to `tokenizers`.
+    Whether such a character is a letter, and so where words end, depends on a library's Unicode version: U+16EC1 became one in
+    17.0. `tokenizers` encodes documents with such a character, some in a million.
     """
     unknown = np.array([unicodedata.category(chr(code)) == "Cn" for code in range(_PLANES_IN_USE)], dtype=np.int8)
-    borders = np.flatnonzero(np.diff(unknown, prepend=0, append=0)).reshape(-1, 2)  # first of a run, first behind it
-    runs = "".join(f"\\x{{{first:X}}}-\\x{{{behind - 1:X}}}" for first, behind in borders)
+    borders = np.flatnonzero(np.diff(unknown, prepend=0, append=0)).reshape(-1, 2)  # first of a run, first after it
+    runs = "".join(f"\\x{{{first:X}}}-\\x{{{after - 1:X}}}" for first, after in borders)
     return f"[{runs}\\x{{{_PLANES_IN_USE:X}}}-\\x{{DFFFF}}\\x{{E01F0}}-\\x{{EFFFF}}]"
 
 
@@ -174,7 +186,7 @@ _PLANES = (0x20, 0x7F), (0x80, 0x24F), (0x370, 0x6FF), (0x900, 0xDFF), (0x2000, 
 
 
 def odd_strings(special_tokens: list[str]) -> list[str]:
-    """Strings on which tokenizers differ if anywhere: whitespace, Unicode, bytes that are no text, special tokens, noise."""
+    """Return strings on which tokenizers are likely to differ: whitespace, Unicode, invalid bytes, special tokens, noise."""
     rng = random.Random(0)
     odd = [*_ODD, *(bytes(rng.randrange(256) for _ in range(200)).decode(how, "replace") for how in ("utf-8", "cp1252"))]
     odd += [template.format(token) for token in special_tokens[:32] for template in ("{0}", "a{0}b", " {0} \n{0}{0}", "<{0}>")]
@@ -185,7 +197,7 @@ def odd_strings(special_tokens: list[str]) -> list[str]:
 
 
 def choose_engine(backend: FastTokenizer, eos_token_id: int, first_texts: pa.LargeStringArray) -> tuple[Engine, str]:
-    """The engine for a corpus, and why: the outcome of comparing both on its first documents and on odd strings."""
+    """Return the engine for a corpus, and why, from comparing both on its first documents and on odd strings."""
     special = [token.content for token in backend.get_added_tokens_decoder().values()]
     odd = pa.array(odd_strings(special), pa.large_string())
     try:

@@ -1,44 +1,64 @@
-"""Local files of text: which there are, what is in them by SHA-256, and what is wrong with one that cannot be read."""
+"""Find the files of a source, local or remote; identify their versions and formats; locate damage."""
 
 from __future__ import annotations
 
-import codecs
 import glob
-import json
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from isoflop.data import compression
-from isoflop.disk import sha256
-from isoflop.errors import UserError
-from isoflop.recipe_data import HubSource, PythonSource, Source
+from isoflop.config.recipe_data import HubSource, PythonSource, Source
+from isoflop.data.readers import compression, remote
+from isoflop.utils.credentials import hide_credentials
+from isoflop.utils.errors import UserError
+from isoflop.utils.io import sha256
 
 _BLOCK_BYTES = 1 << 20
 _STDLIB, _PACKAGES = (Path(sysconfig.get_paths()[which]) for which in ("stdlib", "purelib"))
 
+_FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_FORMATS |= {".csv": "csv", ".tsv": "csv"}
+_STARTS_WITH = {b"PAR1": "parquet", b"ARROW1": "arrow"}
+
 compression.register()
 
 
-def local_files(source: Source, key: str) -> list[Path]:
-    """The files of a source, in the order in which they are read; none for what is on the Hub."""
+class SourceFile(NamedTuple):
+    """A file of a source."""
+
+    path: str
+    """A local path, or a URL that fsspec opens."""
+    bytes: int
+    version: str | None = None
+    """Identifies the version of a remote file; a local file is identified by its SHA-256."""
+
+    @classmethod
+    def local(cls, path: Path) -> SourceFile:
+        """Return a file on this machine."""
+        return cls(str(path), path.stat().st_size)
+
+
+def source_files(source: Source, key: str) -> list[SourceFile]:
+    """Return the files of a source in reading order; none for a source on the Hub."""
     if isinstance(source, PythonSource):
         return _python_files(_STDLIB) + (_python_files(_PACKAGES) if source.kind == "python_packages" else [])
     if isinstance(source, HubSource):
         folder = Path(source.name)
-        return sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
-    return _expand(source.files, key)
+        return [SourceFile.local(path) for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else []
+    files = [file for pattern in source.files for file in _expand(pattern.removeprefix("file://"), f"{key}.files")]
+    if not any(file.bytes for file in files):
+        raise UserError(f"{key}.files = {source.files} is empty: {len(files)} file(s) of 0 bytes; point it at text")
+    return list(dict.fromkeys(files))  # a file that two patterns match is read once
 
 
-def _python_files(root: Path) -> list[Path]:
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = sorted(f for f in root.rglob("*.py") if not left_out & set(f.relative_to(root).parts))
-    return [f for f in files if f.stat().st_size and _is_utf8(f)]  # a few declare another encoding
+def _python_files(root: Path) -> list[SourceFile]:
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = sorted(f for f in root.rglob("*.py") if not skipped & set(f.relative_to(root).parts))
+    return [SourceFile.local(f) for f in files if f.stat().st_size and _is_utf8(f)]  # a few declare another encoding
 
 
 def _is_utf8(file: Path) -> bool:
@@ -49,66 +69,64 @@ def _is_utf8(file: Path) -> bool:
     return True
 
 
-def _expand(patterns: list[str], key: str) -> list[Path]:
-    files: list[Path] = []
-    for pattern in patterns:
-        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
-        if not found:
-            raise UserError(f"{key}.files = {pattern!r} matches no file (working directory {Path.cwd()}); correct the path")
-        files += found
-    if not any(file.stat().st_size for file in files):
-        raise UserError(f"{key}.files = {patterns} is empty: {len(files)} file(s) of 0 bytes; point it at text")
-    return list(dict.fromkeys(files))  # a file that two patterns match is one file
+def _expand(pattern: str, key: str) -> list[SourceFile]:
+    if "://" in pattern:
+        return [SourceFile(*found) for found in remote.expand(pattern, key)]
+    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+    if files := [SourceFile.local(path) for path in found if path.is_file()]:
+        return files
+    if folder := next(iter(found), None):
+        inside = sorted(path.suffix for path in folder.rglob("*") if path.is_file())
+        ending = max(inside, key=inside.count) if inside else ""
+        raise UserError(f"{key} = {pattern!r} is a folder; write the files in it, e.g. {str(folder / '**' / f'*{ending}')!r}")
+    raise UserError(f"{key} = {pattern!r} matches no file (working directory {Path.cwd()}); correct the path")
 
 
-def hash_files(files: list[Path]) -> dict[str, str]:
-    """SHA-256 of local files, by their names in the manifest."""
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter: about 1 GB/s a thread
-        digests = list(tqdm(pool.map(sha256, files), total=len(files), desc="hash sources", unit="file", delay=3))
+def hash_files(files: list[SourceFile]) -> dict[str, str]:
+    """Return the SHA-256 of local files and the version of others, by their names in the manifest."""
+
+    def version(file: SourceFile) -> str:
+        return file.version or sha256(Path(file.path))
+
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL: about 1 GB/s a thread
+        digests = list(tqdm(pool.map(version, files), total=len(files), desc="hash sources", unit="file", delay=3))
     return {name_of(file): digest for file, digest in zip(files, digests, strict=True)}
 
 
-def name_of(file: Path) -> str:
-    """A local file's name in the manifest; of Python's own sources the same in every environment."""
-    if file.is_relative_to(_PACKAGES):
-        return str(_PACKAGES.name / file.relative_to(_PACKAGES))
-    return str(file.relative_to(_STDLIB) if file.is_relative_to(_STDLIB) else file)
+def name_of(file: SourceFile | str) -> str:
+    """Return a file's name in the manifest. Names of Python's own sources are the same in every environment."""
+    name = file if isinstance(file, str) else file.path
+    if "://" in name:
+        return hide_credentials(name)
+    path = Path(name)
+    if path.is_relative_to(_PACKAGES):
+        return str(_PACKAGES.name / path.relative_to(_PACKAGES))
+    return str(path.relative_to(_STDLIB) if path.is_relative_to(_STDLIB) else path)
 
 
-def find_fault(file: Path, kind: str) -> str | None:
-    """What is wrong with a local file: a broken gzip or zstd member, text that is not UTF-8, a line that is not JSON."""
-    if kind == "parquet" or file.suffix == ".parquet":
-        try:
-            for _ in pq.ParquetFile(file).iter_batches():
-                pass
-        except (pa.ArrowInvalid, OSError) as error:
-            return f"{name_of(file)} is not a whole Parquet file: {error}"
+def format_of(file: str, read_start: bool) -> str | None:
+    """Return the format of a file by its extension; with `read_start`, else by the first bytes of a local file."""
+    path = PurePosixPath(urlsplit(file).path if "://" in file else file)
+    for suffix in reversed(path.suffixes[-2:]):  # the last one may be that of the compression
+        if kind := _FORMATS.get(suffix.lower()):
+            return kind
+    if not read_start or "://" in file:
         return None
-    decoder, seen = codecs.getincrementaldecoder("utf-8")(), 0
-    with file.open("rb") as raw, fsspec.open(str(file), "rb", compression="infer") as stream:
-        try:
+    with Path(file).open("rb") as stream:
+        begin = stream.read(8)
+    return next((kind for first, kind in _STARTS_WITH.items() if begin.startswith(first)), None)
+
+
+def find_damage(file: str) -> str | None:
+    """Return where a local compressed file is truncated or damaged; None where it is intact."""
+    if "://" in file:
+        return None
+    seen = 0
+    try:
+        with compression.open_bytes(file) as stream:
             while block := stream.read(_BLOCK_BYTES):
-                decoder.decode(block)
                 seen += len(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            return (
-                f"{name_of(file)} is not UTF-8: {error.reason} near byte {seen + error.start}"
-                f" (convert it, e.g. iconv -f latin1 -t utf-8 {file})"
-            )
-        except OSError as error:
-            return f"{name_of(file)}: {error} after {seen:,} bytes of its text, in a file of {raw.seek(0, 2):,} bytes"
-    return _bad_line(file) if kind == "json" or ".json" in file.name else None
-
-
-def _bad_line(file: Path) -> str | None:
-    with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line)
-            except json.JSONDecodeError as error:
-                if line.strip():
-                    return f"{name_of(file)}: line {number} is not JSON: {error.msg} at column {error.colno}"
-            except RecursionError:
-                return f"{name_of(file)}: line {number} is nested too deep"
+    except OSError as error:
+        size = Path(file).stat().st_size
+        return f"{name_of(file)}: {error} after {seen:,} bytes of its text, in a file of {size:,} bytes"
     return None

@@ -1,29 +1,53 @@
-"""What a name on the Hub stands for now, and why it cannot be had."""
+"""Resolve names on the Hub to commits, and explain the Hub's errors."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from isoflop.errors import UserError
+from isoflop.utils.errors import UserError, nearest
+from isoflop.utils.untrusted import MOST_SHOWN
+
+
+def require_exists(key: str, name: str) -> None:
+    """Refuse a name that looks like a local path and does not exist, before asking the Hub. Raises `UserError`."""
+    path = Path(name)
+    if path.exists() or not _looks_local(name):
+        return
+    beside = sorted(str(one) for one in path.parent.iterdir()) if path.parent.is_dir() else []
+    hint = nearest(name, beside) if beside else f"; the folder {path.parent} is not there either"
+    hint = hint if len(hint) < MOST_SHOWN else ""
+    raise UserError(f"{key} = {name!r} is not there (working directory {Path.cwd()}){hint}")
+
+
+def _looks_local(name: str) -> bool:
+    """Return whether a name is a path, not user/name on the Hub: by its form, or inside a folder of runs or of prepared data."""
+    if "://" in name:
+        return False
+    parts = Path(name).parts
+    if name.startswith((".", "/", "~")) or len(parts) != 2:
+        return len(parts) > 1 or name.startswith((".", "~"))
+    folder = Path(parts[0])
+    return folder.name == "runs" or any(any(folder.glob(f"*/{file}")) for file in ("recipe.yaml", "manifest.json"))
 
 
 def hub_commit(key: str, name: str, revision: str | None, repo_type: Literal["dataset", "model"]) -> str:
-    """The commit of a repository's branch or tag, so that what is read is what the manifest names; `key` is for the error."""
+    """Return the commit of a repository's branch or tag, which is then read and recorded; `key` is for the error."""
     from huggingface_hub import HfApi
 
     try:
         return str(HfApi().repo_info(name, revision=revision, repo_type=repo_type).sha)
-    except Exception as error:  # the client's own errors, its transport's, and a name that is not valid
-        reason = why_not(error, name, repo_type) or (
+    except Exception as error:  # errors of the client, of its transport, and of an invalid name
+        reason = explain_hub_error(error, name, repo_type) or (
             f"{type(error).__name__}: {error}; check the name and the network, or give a local folder"
         )
         raise UserError(f"{key} = {name!r} at revision {revision or 'main'!r} cannot be reached: {reason}") from error
 
 
-def why_not(
+def explain_hub_error(
     error: BaseException, name: str, repo_type: Literal["dataset", "model"] = "dataset", gated: bool = False
 ) -> str | None:
-    """Reason and remedy, where the Hub's own answer is behind an error; `gated` where the caller knows it is."""
+    """Return reason and remedy where the Hub's answer caused an error, else None; `gated`: the caller knows that it is."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 

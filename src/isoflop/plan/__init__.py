@@ -1,1 +1,8 @@
-"""From a budget or a recipe to every number of a run, and a recipe that `pretrain` runs. Entered by `command.main`."""
+"""Plan a recipe or a compute budget: memory, time, cost and predicted loss, before anything is trained.
+
+`isoflop.plan(recipe)` is `isoflop.plan.planner.plan`; `budgets.plan_budget` finds the best shapes for a budget.
+"""
+
+from isoflop.utils.callable_package import make_callable
+
+make_callable(__name__, "isoflop.plan.planner")

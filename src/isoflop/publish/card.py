@@ -1,6 +1,6 @@
-"""The model card: what the model is, how it was made and how good it is, every number read from the run's files.
+"""Model card: architecture, training, data, predictions and scores, with every number read from the run's files.
 
-Entered by `model_card`. The words are in `card.md`, the tables in `sections`.
+Entered by `model_card`. `card.md` is its template, `sections` makes its tables.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from isoflop.config.loading import load_recipe, to_yaml
+from isoflop.config.recipe import Recipe
+from isoflop.config.recipe_data import HubSource
+from isoflop.evaluate.scores import Score, read_scores, score_markdown
 from isoflop.publish import sections
-from isoflop.publish.files import has_tensorboard, read_environment, read_metrics
+from isoflop.publish.files import read_environment, read_metrics
 from isoflop.publish.redaction import published_environment, published_recipe
-from isoflop.recipe import Recipe
-from isoflop.recipe_data import HubSource
-from isoflop.recipe_file import load_recipe, to_yaml
-from isoflop.run_folder import RunFolder
-from isoflop.scores import Score, read_scores, score_markdown
-from isoflop.summary import require_summary
+from isoflop.train.run_folder import RunFolder
+from isoflop.train.summary import require_summary
 
-UNKNOWN_LICENSE = "unknown"  # the Hub's identifier where none is stated
+UNKNOWN_LICENSE = "unknown"  # the Hub's identifier if none is stated
 
 
 def model_card(folder: RunFolder, repo_id: str, license: str | None, revisions: Sequence[str] = ()) -> ModelCard:
-    """The card of a finished run; `license` overrides the recipe's, `revisions` are its checkpoints in the repository.
+    """Return the card of a finished run; `license` overrides the recipe's, `revisions` are its checkpoints in the repository.
 
-    The same files make the same card, word for word.
+    The same files give the same card, byte for byte.
     """
     trained = load_recipe(folder.path / "recipe.yaml")
     recipe, summary = published_recipe(trained), require_summary(folder.summary, folder.finished() or {})
@@ -53,7 +53,6 @@ def model_card(folder: RunFolder, repo_id: str, license: str | None, revisions: 
         "recipe": recipe,
         "recipe_yaml": to_yaml(recipe, exclude_none=True).strip(),
         "has_curve": folder.curve.is_file(),
-        "has_events": has_tensorboard(),
         "laws": sections.laws(recipe, summary),
         "own_law": sections.own_law(summary),
         "extrapolations": sections.extrapolations(recipe, summary),
@@ -68,7 +67,7 @@ def model_card(folder: RunFolder, repo_id: str, license: str | None, revisions: 
 
 
 def metadata(recipe: Recipe, summary: dict[str, Any], scores: list[Score], repo_id: str, license: str | None) -> ModelCardData:
-    """What the Hub itself reads: licence, data, tags, and the losses and scores that are finite."""
+    """Return the metadata that the Hub reads: licence, data, tags, and the finite losses and scores."""
     measured = [
         ("loss", "validation loss (nats per token)", summary["val_loss"]),
         ("bits_per_byte", "bits per byte", summary["bits_per_byte"]),
@@ -85,7 +84,7 @@ def metadata(recipe: Recipe, summary: dict[str, Any], scores: list[Score], repo_
         )
         for metric, name, value in measured
     ]
-    trackers = [*recipe.output.trackers, *(["tensorboard"] if has_tensorboard() else [])]
+    trackers = recipe.output.trackers
     return ModelCardData(
         license=license_of(recipe, license),
         datasets=hub_names(recipe) or None,
@@ -98,12 +97,12 @@ def metadata(recipe: Recipe, summary: dict[str, Any], scores: list[Score], repo_
 
 
 def license_of(recipe: Recipe, license: str | None) -> str:
-    """The model's licence: the one that was asked for, else the recipe's, else none that is known."""
+    """Return the model's licence: the given one, else the recipe's, else `UNKNOWN_LICENSE`."""
     return license or recipe.hub.license or UNKNOWN_LICENSE
 
 
 def eval_result(score: Score) -> EvalResult:
-    """A score as the Hub shows it."""
+    """Return a score as the Hub shows it."""
     error = {} if score.stderr is None else {"standard_error": score.stderr}
     return EvalResult(
         task_type="text-generation",
@@ -116,6 +115,6 @@ def eval_result(score: Score) -> EvalResult:
 
 
 def hub_names(recipe: Recipe) -> list[str]:
-    """Datasets of the Hub that the recipe reads; a local folder with the layout of one is none."""
+    """Return the Hub datasets that the recipe reads, without local folders in the layout of one."""
     named = [source.name for source in recipe.data.sources().values() if isinstance(source, HubSource)]
     return [name for name in dict.fromkeys(named) if name.count("/") == 1 and not Path(name).is_dir()]

@@ -1,4 +1,4 @@
-"""What must not leave the machine: credentials, host names, user names and the folders they stand in."""
+"""Removal of credentials, host names, user names and local folders from published files."""
 
 from __future__ import annotations
 
@@ -7,27 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import isoflop
-from isoflop.credentials import hide_in_command, hide_in_tree
-from isoflop.recipe import Recipe
+from isoflop.config.recipe import Recipe
+from isoflop.utils.credentials import hide_in_command, hide_in_tree
 
-# Two parts or more: `/s` is no path, but a slash in some text. Not behind what makes it a part of an URL or a relative path.
+# At least two parts: `/s` is a slash in some text. The lookbehind excludes parts of URLs and of relative paths.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~*-])(?:~|\.\.)?(?:/[^\s/,;:'\"=()\[\]{}<>|\\]+){2,}/?")
 CHECKOUT = Path(isoflop.__file__).parents[2]
-_PLACES = ("tokenizer", "data", "output")  # sections of a recipe that name files
-_OF_THE_MACHINE = {
-    "pretty_env_info",
-    "model_name_sanitized",
-}  # of lm-eval's results: `lscpu` and such, and a path by another name
+_SECTIONS_WITH_PATHS = ("tokenizer", "data", "output")
+_MACHINE_KEYS = {"pretty_env_info", "model_name_sanitized"}  # of lm-eval's results: the output of `lscpu`, and a local path
 
 
 def published_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with every absolute path shortened to its last part: what of it others can use, and nothing of the machine."""
+    """Return the recipe with every absolute path shortened to its last part."""
     tree = recipe.model_dump(mode="json")
-    return Recipe.model_validate(tree | {section: _each(tree[section], _last_part) for section in _PLACES})
+    return Recipe.model_validate(tree | {section: _each(tree[section], _last_part) for section in _SECTIONS_WITH_PATHS})
 
 
 def published_environment(environment: dict[str, Any]) -> dict[str, Any]:
-    """Versions, hardware names and launches of `environment.json`, oldest launch first; no host, no paths."""
+    """Return versions, hardware and launches of `environment.json`, oldest launch first, without host and paths."""
     newest = {key: value for key, value in environment.items() if key != "earlier_launches"}
     launches = [*environment["earlier_launches"], newest]
     return {"launches": [hide_in_tree(_launch(launch)) for launch in launches]}
@@ -39,7 +36,7 @@ def _launch(launch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _typed(word: str) -> str:
-    """A word of a command as a reader can type it: files of the checkout from its root, others by their name alone."""
+    """Return a word of a command with local paths shortened: relative to the checkout, others to their name."""
     key, equals, value = word.partition("=")
     if equals:
         return f"{key}={_typed(value)}"
@@ -49,9 +46,9 @@ def _typed(word: str) -> str:
 
 
 def published_results(results: dict[str, Any], run: Path) -> dict[str, Any]:
-    """lm-eval's results without credentials and what they say of the machine; local paths shortened to their last part."""
-    kept = {key: value for key, value in results.items() if key not in _OF_THE_MACHINE}
-    # As a whole first: a folder's name may hold spaces, where the pattern would end.
+    """Return lm-eval's results without credentials and details of the machine, local paths shortened to their last part."""
+    kept = {key: value for key, value in results.items() if key not in _MACHINE_KEYS}
+    # Known folders first: their names may contain spaces, at which the pattern would end.
     folders = [str(path) for path in (run.resolve(), CHECKOUT, Path.home()) if len(path.parts) > 1]
 
     def shorten(text: str) -> str:
@@ -68,7 +65,7 @@ def _last_part(text: str) -> str:
 
 
 def _each(tree: Any, change: Any) -> Any:
-    """A tree of JSON with every string in it changed."""
+    """Return a JSON tree with `change` applied to every string."""
     if isinstance(tree, dict):
         return {key: _each(value, change) for key, value in tree.items()}
     if isinstance(tree, list):

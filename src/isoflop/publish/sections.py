@@ -1,4 +1,4 @@
-"""The parts of a card that are made of numbers: tables in Markdown."""
+"""Tables of a model card, in Markdown."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isoflop import cost
+from isoflop.config.recipe import Recipe
+from isoflop.config.recipe_data import HubSource, PythonSource, Source
 from isoflop.data.manifest import FILE_NAME, read_manifest
-from isoflop.export import is_stock
-from isoflop.recipe import Recipe
-from isoflop.recipe_data import HubSource, PythonSource, Source
-from isoflop.records import Row
-from isoflop.scaling.laws import PUBLISHED, Forecast, load_law
-from isoflop.tables import markdown
+from isoflop.plan import cost
+from isoflop.scaling.laws import PUBLISHED, Forecast, NoPrediction, load_law
+from isoflop.train.export import OPENED_WITH, is_stock
+from isoflop.train.records import Row
+from isoflop.utils.tables import markdown
 
-LAWS = ("hoffmann", "besiroglu")  # the usual one, and the one whose bootstrap gives an interval
+LAWS = ("hoffmann", "besiroglu")  # the default, and the one whose bootstrap gives an interval
 
 
 def rounded(count: float) -> str:
-    """A count with four digits: 124,475,904 as 124.5M."""
+    """Return a count with four digits: 124,475,904 as 124.5M."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.4g}{letter}"
@@ -29,13 +29,13 @@ def rounded(count: float) -> str:
 
 
 def fenced(text: str) -> str:
-    """Text as a code block, whatever backticks are in it."""
+    """Return text as a code block, with a fence longer than any backticks in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 
 
 def data_name(recipe: Recipe) -> str:
-    """What the data is called in a sentence."""
+    """Return the data's name for a sentence."""
     return " and ".join(_source_name(source) for source in recipe.data.sources().values())
 
 
@@ -48,17 +48,18 @@ def _source_name(source: Source) -> str:
 
 
 def remote_code(recipe: Recipe) -> str:
-    """What `from_pretrained` has to be told besides, where no stock class computes the model."""
+    """Return the further argument of `from_pretrained` that a model without a stock class needs."""
     return "" if is_stock(recipe) else ", trust_remote_code=True"
 
 
 def architecture(recipe: Recipe) -> str:
-    """The model's shape and its tokenizer."""
+    """Return the model's shape and its tokenizer."""
     model, tokenizer, shape = recipe.model, recipe.tokenizer, cost.shape_of(recipe.model)
     trained = f"byte-level BPE with {tokenizer.train_vocab_size} ids, trained on this data"
     return _facts(
         {
             "type": f"{model.model_type}, {'stock transformers' if is_stock(recipe) else 'with its code beside the weights'}",
+            "opens in": f"transformers 4.57 and 5 (tested with {' and '.join(OPENED_WITH)})",
             "parameters": f"{cost.parameters(model):,}",
             "layers": f"{shape.num_layers}",
             "width": f"{shape.hidden_size:,}",
@@ -72,7 +73,7 @@ def architecture(recipe: Recipe) -> str:
 
 
 def training(recipe: Recipe, summary: dict[str, Any], launches: list[dict[str, Any]]) -> str:
-    """Tokens, compute, hardware, time and versions."""
+    """Return tokens, compute, hardware, time and versions."""
     n, d, newest = summary["parameters"], summary["tokens"], launches[-1]
     mfu = f"{summary['mfu']:.1%}" if summary["mfu"] else "n/a"
     return _facts(
@@ -97,7 +98,7 @@ def _hardware(launch: dict[str, Any]) -> str:
 
 
 def command_line(launch: dict[str, Any]) -> str:
-    """The command of a launch, and how it was launched behind it."""
+    """Return the command of a launch, with processes and precision as a comment."""
     how = launch["launch"]
     precision = "fp32" if how["mixed_precision"] == "no" else how["mixed_precision"]
     processes = "1 process" if how["num_processes"] == 1 else f"{how['num_processes']} processes ({how['distributed_type']})"
@@ -105,7 +106,7 @@ def command_line(launch: dict[str, Any]) -> str:
 
 
 def data(recipe: Recipe, prepared_dir: str, summary: dict[str, Any]) -> str:
-    """Each source's share of the tokens, and how often it was repeated: told while the prepared folder is at hand."""
+    """Return each source's share of the tokens, and its epochs if the prepared folder is there."""
     shares, sources = recipe.data.shares(), recipe.data.sources()
     rows = {name: [_source_name(sources[name]), f"{share:.2%}", "n/a", "n/a"] for name, share in shares.items()}
     if (Path(prepared_dir) / FILE_NAME).is_file():
@@ -119,36 +120,38 @@ def data(recipe: Recipe, prepared_dir: str, summary: dict[str, Any]) -> str:
 
 
 def laws(recipe: Recipe, summary: dict[str, Any]) -> str:
-    """What laws say of this model on so many tokens, the run's own first, beside what was measured."""
-    told = {name: load_law(name).promise(recipe.model, summary["tokens"]) for name in LAWS}
+    """Return the losses that laws predict for this run, the run's own law first, and the measured one."""
+    predictions = {name: load_law(name).predict(recipe.model, summary["tokens"]) for name in LAWS}
     if own := own_law(summary):
-        told = {own: Forecast(summary["predicted_loss"], summary["predicted_loss_interval"])} | told
-    rows = [
-        [
-            name,
-            f"{loss:.4f}",
-            "n/a" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
-            f"{summary['val_loss']:.4f}",
-        ]
-        for name, (loss, interval) in told.items()
-    ]
+        predicted = Forecast(summary["predicted_loss"], summary["predicted_loss_interval"])
+        predictions = {own: NoPrediction(summary["outside"]) if summary.get("outside") else predicted} | predictions
+    rows = [[name, *_prediction(predicted), f"{summary['val_loss']:.4f}"] for name, predicted in predictions.items()]
     return markdown(["law", "predicted loss", "interval", "measured validation loss"], rows)
 
 
+def _prediction(predicted: Forecast | NoPrediction) -> list[str]:
+    """Return a predicted loss and its interval, or why there is none."""
+    if isinstance(predicted, NoPrediction):
+        return [str(predicted), "n/a"]
+    loss, interval = predicted
+    return [f"{loss:.4f}", "n/a" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"]
+
+
 def own_law(summary: dict[str, Any]) -> str | None:
-    """The law that the run was held against, where it is no published one."""
+    """Return the law that the run was compared with, unless it is a published one."""
     law: str | None = summary.get("law")
     return None if law in PUBLISHED else law
 
 
 def extrapolations(recipe: Recipe, summary: dict[str, Any]) -> list[str]:
-    """For which laws this run lies beyond the runs they were fitted to, and how far."""
-    found = {name: load_law(name).extrapolates(load_law(name).size(recipe.model), summary["tokens"]) for name in LAWS}
+    """Return the laws whose prediction of this run is an extrapolation, and how far."""
+    known = [law for law in map(load_law, LAWS) if isinstance(law.predict(recipe.model, summary["tokens"]), Forecast)]
+    found = {law.name: law.extrapolates(law.size(recipe.model), summary["tokens"]) for law in known}
     return [f"{name}: {'; '.join(beyond)}" for name, beyond in found.items() if beyond]
 
 
 def revisions(names: Sequence[str], rows: list[Row]) -> str | None:
-    """The checkpoints `step-N` in a repository, oldest first; None where there are none."""
+    """Return the checkpoints `step-N` in a repository, oldest first; None if there are none."""
     by_step = {row["step"]: row for row in rows}
     steps = sorted(step for step in (int(name.removeprefix("step-")) for name in names) if step in by_step)
     if not steps:

@@ -1,4 +1,4 @@
-"""Approach 1 of Hoffmann et al. 2022: the least loss that any run's curve has reached by a number of FLOPs."""
+"""Approach 1 of Hoffmann et al. 2022: the lower envelope of the runs' loss curves over FLOPs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from isoflop.scaling.points import Array, Curve, Indices
 from isoflop.scaling.powers import Minimum, PowerLaws, power_laws
 
 GRID = 1500  # budgets, log-spaced, as in Hoffmann et al. 2022, section 3.1
-WARM_UP = 0.1  # share of each curve's tokens that is left out: warm-up, and a rate that has hardly begun to fall
+WARM_UP = 0.1  # share of each curve's tokens that is left out: the learning rate warms up or is still near its peak
 FEWEST_CURVES = 3
-RESAMPLES = 300  # at most: each looks through the whole grid, some milliseconds
+RESAMPLES = 300  # at most: each searches the grid of budgets, which takes milliseconds
 
 
 class Envelope(NamedTuple):
@@ -24,14 +24,14 @@ class Envelope(NamedTuple):
 
 
 def fit_envelope(curves: list[Curve], resamples: int, seed: int) -> Envelope | str:
-    """The envelope and its power laws, with resamples over whole runs; or why there is none."""
+    """Return the envelope and its power laws, resampled by run; or the reason why there is none."""
     late = [_late(curve) for curve in curves]
     late = [curve for curve in late if len(curve.loss) > 1]
     sizes = np.array([curve.parameters for curve in late])
     if len(np.unique(sizes)) < FEWEST_CURVES:
         return (
-            f"{len(np.unique(sizes))} sizes have losses on their way behind the first {WARM_UP:.0%}, and an envelope needs"
-            f" {FEWEST_CURVES}; give folders of runs, or a table with several rows a run"
+            f"{len(np.unique(sizes))} sizes have losses after the first {WARM_UP:.0%} of their tokens, and an envelope needs"
+            f" {FEWEST_CURVES}; give folders of runs, or a table with several rows per run"
         )
     flops = np.geomspace(min(c.flops[0] for c in late), max(c.flops[-1] for c in late), GRID)
     losses = np.array([_at(curve, flops) for curve in late])  # (runs, budgets)
@@ -41,18 +41,18 @@ def fit_envelope(curves: list[Curve], resamples: int, seed: int) -> Envelope | s
     used, best, laws = found
     generator, every = np.random.default_rng(seed), np.arange(len(late))
     drawn = [_laws(flops, losses[which], sizes[which]) for which in generator.choice(every, (resamples, len(every)))]
-    whole = [one[2] for one in drawn if one is not None]
+    laws_drawn = [one[2] for one in drawn if one is not None]
     stacked = PowerLaws(
-        np.concatenate([one.coefficient for one in whole]),
-        np.concatenate([one.exponent for one in whole]),
-        tuple(np.concatenate(parts) for parts in zip(*(one.loss for one in whole), strict=True)),  # type: ignore[arg-type]
+        np.concatenate([one.coefficient for one in laws_drawn]),
+        np.concatenate([one.exponent for one in laws_drawn]),
+        tuple(np.concatenate(parts) for parts in zip(*(one.loss for one in laws_drawn), strict=True)),  # type: ignore[arg-type]
     )
     minima = [Minimum(*values) for values in zip(flops[used], sizes[best], losses[best, used], strict=True)]
     return Envelope(minima, laws, stacked)
 
 
 def _laws(flops: Array, losses: Array, sizes: Array) -> tuple[Indices, Indices, PowerLaws] | None:
-    """Budgets where the best run is neither the smallest nor the largest of those that reach them; the best; their laws."""
+    """Return the budgets whose best run is neither the smallest nor the largest to reach them, those runs, and the laws."""
     reached = np.isfinite(losses)
     best = np.argmin(np.where(reached, losses, np.inf), axis=0)
     low = np.where(reached, sizes[:, None], np.inf).min(axis=0)
@@ -64,10 +64,10 @@ def _laws(flops: Array, losses: Array, sizes: Array) -> tuple[Indices, Indices, 
 
 
 def _late(curve: Curve) -> Curve:
-    behind = curve.tokens >= WARM_UP * curve.tokens[-1]
-    return curve._replace(tokens=curve.tokens[behind], flops=curve.flops[behind], loss=curve.loss[behind])
+    late = curve.tokens >= WARM_UP * curve.tokens[-1]
+    return curve._replace(tokens=curve.tokens[late], flops=curve.flops[late], loss=curve.loss[late])
 
 
 def _at(curve: Curve, flops: Array) -> Array:
-    """A curve's loss at budgets, in logs by straight lines; not a number where it was not yet, or no longer, trained."""
+    """Interpolate a curve's loss at budgets, linearly in logs; NaN before its first and after its last measurement."""
     return np.exp(np.interp(np.log(flops), np.log(curve.flops), np.log(curve.loss), left=np.nan, right=np.nan))

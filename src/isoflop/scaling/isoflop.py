@@ -1,6 +1,6 @@
-"""Approach 2 of Hoffmann et al. 2022: at each budget a parabola of loss in log N, and power laws through their minima.
+"""Approach 2 of Hoffmann et al. 2022: a parabola of loss in log N at each budget, and power laws through their minima.
 
-Beside it the plain line through the least-loss run of each budget, which courses fit: on noise-free data 24 to 58% off.
+Also the line through the least-loss run of each budget, as taught in courses; it is 24 to 58% off on noise-free data.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from isoflop.scaling.points import Array, Indices, Points
 from isoflop.scaling.powers import Minimum, PowerLaws, power_laws
 
-SAME_BUDGET = 0.025  # runs whose FLOPs differ by less: whole steps make budgets uneven by up to a percent
+SAME_BUDGET = 0.025  # in log FLOPs: rounding to optimizer steps spreads the runs of a budget by up to 1%
 FEWEST_SIZES = 4  # one more than a parabola has coefficients
 
 
@@ -22,19 +22,19 @@ class Profile(NamedTuple):
     flops: float
     points: Points
     polynomial: Array | None
-    """c2, c1, c0 of loss = c2 z^2 + c1 z + c0, z = ln N; None where too few sizes."""
+    """c2, c1, c0 of loss = c2 z^2 + c1 z + c0, z = ln N; None for too few sizes."""
     minimum: Minimum | None
     reason: str
-    """Why the budget is left out; empty where it is used."""
+    """Why the budget is left out; empty if it is used."""
 
 
 def profiles(points: Points) -> list[Profile]:
-    """The budgets at which several sizes were trained, lowest first."""
-    return [_profile(points.take(group)) for group in budgets(points)]
+    """Return the budgets at which several sizes were trained, lowest first."""
+    return [_profile(points.take(group)) for group in group_by_budget(points)]
 
 
-def budgets(points: Points) -> list[Indices]:
-    """Indices of the runs of each budget: those that several sizes share."""
+def group_by_budget(points: Points) -> list[Indices]:
+    """Return the indices of each budget's runs; a budget has at least two sizes."""
     order = np.argsort(points.flops, kind="stable")
     breaks = np.flatnonzero(np.diff(np.log(points.flops[order])) > SAME_BUDGET) + 1
     groups = [group for group in np.split(order, breaks) if len(np.unique(points.parameters[group])) > 1]
@@ -59,7 +59,7 @@ def _profile(points: Points) -> Profile:
 
 
 def _polynomials(points: Points, losses: Array) -> Array:
-    """Parabolas of losses (k, n) or (n,) in ln N by weighted least squares, (k, 3), the highest power first."""
+    """Fit parabolas to losses (k, n) or (n,) in ln N by weighted least squares; (k, 3), the highest power first."""
     z, root = np.log(points.parameters), np.sqrt(points.weights)
     center = z.mean()
     columns = np.stack([(z - center) ** 2, z - center, np.ones_like(z)], axis=1)
@@ -68,7 +68,7 @@ def _polynomials(points: Points, losses: Array) -> Array:
 
 
 def laws_of(found: list[Profile]) -> PowerLaws | None:
-    """Power laws through the minima; None where fewer than two budgets have one."""
+    """Return power laws through the minima; None if fewer than two budgets have one."""
     minima = [profile.minimum for profile in found if profile.minimum]
     if len(minima) < 2:
         return None
@@ -76,11 +76,11 @@ def laws_of(found: list[Profile]) -> PowerLaws | None:
     return power_laws(flops, parameters, losses)
 
 
-def resample(found: list[Profile], resamples: int, seed: int) -> PowerLaws:
-    """The laws of resampled runs: each parabola with residuals of all of them, drawn with replacement.
+def resample_profiles(found: list[Profile], resamples: int, seed: int) -> PowerLaws:
+    """Return the laws of resampled runs: each parabola plus residuals drawn with replacement from those of all parabolas.
 
-    Residuals are relative to the loss, and widened by sqrt(m / (m - 3)) for the coefficients that each parabola took. Where a
-    resample's parabola has no minimum within its sizes, the resample is left out.
+    Residuals are relative to the loss and scaled by sqrt(m / (m - 3)) for the three coefficients of a parabola of m runs. A
+    resample with a parabola that has no minimum within its sizes is left out.
     """
     generator = np.random.default_rng(seed)
     used = [profile for profile in found if profile.minimum]
@@ -91,7 +91,7 @@ def resample(found: list[Profile], resamples: int, seed: int) -> PowerLaws:
         np.log(profile.points.loss / fit) * np.sqrt(len(fit) / (len(fit) - 3)) for profile, fit in zip(used, fitted, strict=True)
     ]
     pool = np.concatenate(relative)
-    parameters, losses, whole = np.empty((resamples, len(used))), np.empty((resamples, len(used))), np.ones(resamples, dtype=bool)
+    parameters, losses, valid = np.empty((resamples, len(used))), np.empty((resamples, len(used))), np.ones(resamples, dtype=bool)
     for number, (profile, fit) in enumerate(zip(used, fitted, strict=True)):
         drawn = fit * np.exp(generator.choice(pool, (resamples, len(fit))))
         c2, c1, c0 = _polynomials(profile.points, drawn).T
@@ -99,14 +99,14 @@ def resample(found: list[Profile], resamples: int, seed: int) -> PowerLaws:
             at = -c1 / (2 * c2)
         z = np.log(profile.points.parameters)
         inside = (c2 > 0) & (at > z.min()) & (at < z.max())
-        whole &= inside
+        valid &= inside
         parameters[:, number] = np.exp(np.where(inside, at, 0.0))
         losses[:, number] = np.where(inside, c0 - c1**2 / (4 * np.where(inside, c2, 1.0)), 1.0)
     flops = np.array([profile.flops for profile in used])
-    return power_laws(flops, parameters[whole], losses[whole])
+    return power_laws(flops, parameters[valid], losses[valid])
 
 
 def least(found: list[Profile]) -> list[Minimum]:
-    """The run of least loss at each budget, whatever lies beside it."""
+    """Return the run of least loss at each budget, even if it is the smallest or largest."""
     best = [(profile, int(np.argmin(profile.points.loss))) for profile in found]
     return [Minimum(profile.flops, float(profile.points.parameters[i]), float(profile.points.loss[i])) for profile, i in best]

@@ -1,6 +1,6 @@
-"""Many fits of L = E + A/N^alpha + B/D^beta at once, each a sum of Huber losses of log loss, by damped Newton steps.
+"""Damped Newton solver for batches of fits of L = E + A/N^alpha + B/D^beta, each a sum of Huber losses of log loss.
 
-One solver polishes the starts of a fit and solves all resamples of a bootstrap: a problem is a row of a batch.
+The same solver refines the starts of a fit and solves all resamples of a bootstrap: each is a row of a batch.
 """
 
 from __future__ import annotations
@@ -11,31 +11,44 @@ import numpy as np
 
 from isoflop.scaling.points import Array, Indices
 
-TOLERANCE = 1e-13  # of the objective that a step is still predicted to gain
-VANISHED = 1e-26  # a sum of squares of log losses that double precision cannot tell from none
+DELTA = 1e-3  # Hoffmann et al. 2022, equation 3: in log loss, so about 0.1% of the loss
+TOLERANCE = 1e-13  # predicted decrease of the next step, relative to the objective
+VANISHED = 1e-26  # a sum of squared log losses that equals zero in double precision
 MAX_STEPS = 400
-LONGEST = 2.0  # a step changes no log coefficient by more: an exponent or a term by a factor of 7
+LONGEST = 2.0  # largest change of a log coefficient per step: a factor of 7
+
+
+class Objective(NamedTuple):
+    """The sum that is minimised."""
+
+    delta: float = DELTA
+    """Threshold of the Huber loss; toward 0 the fit is one of least absolute deviations."""
+    asymmetry: float = 0.5
+    """Weight of measurements above the law, those below weigh 1 - asymmetry; above 0.5 the law moves up."""
 
 
 class Problem(NamedTuple):
-    """Fits to the same N and D; batches broadcast against one another."""
+    """A batch of fits to the same N and D."""
 
     x: Array
     """(n,) log N, less its mean."""
     y: Array
     """(n,) log D, less its mean."""
     log_loss: Array
-    """(n,), or (batch, n) where each fit has its own."""
+    """(n,), or (batch, n) if each fit has its own."""
     weights: Array
     """(n,) or (batch, n)."""
     delta: float
-    """Where Huber's loss turns from a square into a line, in log loss."""
+    """Threshold between the square and the line of the Huber loss, in log loss."""
     asymmetry: float
-    """Weight of measurements above the law against those below, as in quantile regression; 0.5 is neither."""
+    """Weight of measurements above the law; those below weigh 1 - asymmetry, as in quantile regression."""
 
 
 class Solution(NamedTuple):
-    """A batch of fits: theta (batch, 5) = log E, log of the N-term at mean log N, log alpha, log of the D-term, log beta."""
+    """A batch of solved fits.
+
+    theta (batch, 5) = log E, log of the N-term at mean log N, log alpha, log of the D-term at mean log D, log beta.
+    """
 
     theta: Array
     objective: Array
@@ -43,7 +56,7 @@ class Solution(NamedTuple):
 
 
 def terms(theta: Array, x: Array, y: Array) -> tuple[Array, Array]:
-    """log of the predicted loss, (batch, n), and each term's share of it, (batch, n, 3)."""
+    """Return log of the predicted loss, (batch, n), and each term's share of the loss, (batch, n, 3)."""
     e, a, s, b, t = (theta[:, i, None] for i in range(5))
     logs = np.stack(np.broadcast_arrays(e + 0 * x, a - np.exp(s) * x, b - np.exp(t) * y), axis=-1)
     top = logs.max(axis=-1, keepdims=True)
@@ -53,27 +66,27 @@ def terms(theta: Array, x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def objective(theta: Array, problem: Problem) -> Array:
-    """Sum of weighted Huber losses, (batch,)."""
+    """Return the sum of weighted Huber losses, (batch,)."""
     residual = terms(theta, problem.x, problem.y)[0] - problem.log_loss
     total: Array = (_weights(residual, problem) * huber(residual, problem.delta)).sum(axis=-1)
     return total
 
 
 def huber(residual: Array, delta: float) -> Array:
-    """Half the square up to delta, a line beyond (Huber 1964)."""
+    """Return half the square up to delta, and a line beyond (Huber 1964)."""
     size = np.abs(residual)
     return np.where(size <= delta, residual**2 / 2, delta * (size - delta / 2))
 
 
 def _weights(residual: Array, problem: Problem) -> Array:
-    side = np.where(residual < 0, problem.asymmetry, 1 - problem.asymmetry)  # below zero the measurement lies above the law
+    side = np.where(residual < 0, problem.asymmetry, 1 - problem.asymmetry)  # below 0 the measurement lies above the law
     return 2 * side * problem.weights
 
 
 def derivatives(theta: Array, problem: Problem) -> tuple[Array, Array, Array, Array]:
-    """Objective (batch,), its gradient (batch, 5) and Hessian (batch, 5, 5), and the Gauss-Newton matrix of its majoriser.
+    """Return objective (batch,), gradient (batch, 5), Hessian (batch, 5, 5) and the Gauss-Newton matrix of a majoriser.
 
-    The last is that of iteratively reweighted least squares: positive, and no flatter than the objective.
+    The majoriser is that of iteratively reweighted least squares: positive definite, and at least as curved as the objective.
     """
     predicted, shares = terms(theta, problem.x, problem.y)
     residual = predicted - problem.log_loss
@@ -103,7 +116,7 @@ def _outer(weights: Array, jacobian: Array) -> Array:
 
 
 def minimise(theta: Array, problem: Problem) -> Solution:
-    """Newton steps on (H + damping x Gauss-Newton), the damping of each fit lowered when a step gains and raised when not."""
+    """Minimise by Newton steps on H + damping x Gauss-Newton; each fit's damping falls after a step that gains, else rises."""
     theta, count = theta.copy(), len(theta)
     damping, converged = np.ones(count), np.zeros(count, dtype=bool)
     value, active = np.empty(count), np.arange(count)
@@ -120,7 +133,7 @@ def minimise(theta: Array, problem: Problem) -> Solution:
         better = objective(tried, _rows(problem, active)) < value[active]
         theta[active[better]] = tried[better]
         damping[active] = np.where(better, np.maximum(damping[active] / 5, 1e-8), damping[active] * 4)
-        stuck = damping[active] > 1e12  # no step gains any more: the objective's own rounding is reached
+        stuck = damping[active] > 1e12  # no step gains: the objective is at its rounding error
         converged[active[stuck]] = True
         active = active[~stuck]
     return Solution(theta, value, converged)
@@ -136,7 +149,7 @@ def _rows(problem: Problem, active: Indices) -> Problem:
 
 
 def _step(gradient: Array, hessian: Array, majoriser: Array, damping: Array) -> tuple[Array, Array]:
-    """A step for each fit, and what the majoriser predicts that is still to be gained; steps of the Hessian only downhill."""
+    """Return each fit's step and the decrease that the majoriser predicts; the Hessian is used only if it leads downhill."""
     diagonal = np.einsum("bii->bi", majoriser)
     scale = 1 / np.sqrt(np.maximum(diagonal, 1e-30 * diagonal.max(axis=-1, keepdims=True) + 1e-300))
     scaled = majoriser * scale[:, :, None] * scale[:, None, :] + 1e-13 * np.eye(5)

@@ -1,4 +1,4 @@
-"""What laws are fitted to: one point a run, and the curves of runs on their way."""
+"""What laws are fitted to: a point per run, and the loss curves of runs."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ Indices = NDArray[np.intp]
 
 
 class Points(NamedTuple):
-    """Runs at their ends, arrays of (n,)."""
+    """Final state of runs, arrays (n,)."""
 
     parameters: Array
     """N."""
     tokens: Array
     """D."""
     flops: Array
-    """C as given; 6 N D where it was not."""
+    """C; default: 6 N D."""
     loss: Array
     """Nats per token."""
     weights: Array
-    """How much each point counts; 1 where nothing else is said."""
+    """Weight of each point; default: 1."""
     unique_tokens: Array | None = None
-    """U of Muennighoff et al. 2023; None where not given."""
+    """U of Muennighoff et al. 2023; None if not given."""
 
     def take(self, chosen: Any) -> Points:
-        """The points of a mask or of indices."""
+        """Return the points of a mask or of indices."""
         return Points(*(None if values is None else values[chosen] for values in self))  # type: ignore[arg-type]
 
 
 class Curve(NamedTuple):
-    """One run's losses on its way, arrays of (m,) in the order of training."""
+    """Losses during one run, arrays (m,) in the order of training."""
 
     name: str
     parameters: float
@@ -43,7 +43,7 @@ class Curve(NamedTuple):
 
 
 def points(parameters: Any, tokens: Any, loss: Any, flops: Any = None, weights: Any = None) -> Points:
-    """Points from what can be read as arrays; C = 6 N D and equal weights where not given."""
+    """Return points from anything that converts to arrays; default: C = 6 N D and equal weights."""
     n, d, losses = (np.asarray(values, dtype=float) for values in (parameters, tokens, loss))
     c = 6 * n * d if flops is None else np.asarray(flops, dtype=float)
     return Points(n, d, c, losses, np.ones_like(n) if weights is None else np.asarray(weights, dtype=float))

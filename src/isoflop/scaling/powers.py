@@ -1,4 +1,4 @@
-"""Power laws of compute through the minima of several budgets, and how any approach's predictions are told."""
+"""Power laws of compute through the minima of several budgets, and summaries of any method's predictions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DECAYS = np.geomspace(0.01, 1.0, 200)
 
 
 class Minimum(NamedTuple):
-    """Where loss is least at a budget."""
+    """N and loss at a budget's least loss."""
 
     flops: float
     parameters: float
@@ -28,7 +28,7 @@ class Minimum(NamedTuple):
 
 
 class PowerLaws(NamedTuple):
-    """N = k C^a, D = C / 6 N and least loss = E + h C^-g, one of each a resample: arrays of (k,)."""
+    """N = k C^a, D = C / 6 N and least loss = E + h C^-g; arrays (k,) with one entry per resample."""
 
     coefficient: Array
     exponent: Array
@@ -36,13 +36,13 @@ class PowerLaws(NamedTuple):
     """E, h, g."""
 
     def at(self, flops: float) -> tuple[Array, Array, Array]:
-        """N, D and loss at a budget, (k,) each."""
+        """Return N, D and loss at a budget, (k,) each."""
         n, (e, h, g) = self.coefficient * flops**self.exponent, self.loss
         return n, flops / 6 / n, e + h * flops**-g
 
 
 def log_line(flops: Array, values: Array) -> tuple[Array, Array]:
-    """k and a of values = k C^a by least squares in logs; values (..., budgets)."""
+    """Return k and a of values = k C^a by least squares in logs; values (..., budgets)."""
     x = np.log(flops) - np.log(flops).mean()
     y = np.log(values)
     slope = (y * x).sum(axis=-1) / (x**2).sum()
@@ -50,7 +50,7 @@ def log_line(flops: Array, values: Array) -> tuple[Array, Array]:
 
 
 def linear_line(flops: Array, values: Array) -> tuple[Array, Array]:
-    """k and a of values = k C^a by least squares of the values themselves: the largest budgets decide alone."""
+    """Return k and a of values = k C^a by least squares of the values themselves, which the largest budgets dominate."""
     k, a = log_line(flops, values)
     scale = flops.max()
     start = (k * scale**a, a)
@@ -59,9 +59,9 @@ def linear_line(flops: Array, values: Array) -> tuple[Array, Array]:
 
 
 def loss_curve(flops: Array, losses: Array) -> tuple[Array, Array, Array]:
-    """E, h and g of losses = E + h C^-g, losses (..., budgets): g from a grid, E >= 0 and h by least squares for each.
+    """Return E, h and g of losses = E + h C^-g, losses (..., budgets); E >= 0 and h by least squares for each g of a grid.
 
-    From fewer than four budgets E = 0: three numbers would follow every error.
+    E = 0 for fewer than four budgets: three coefficients would fit the noise.
     """
     scale = np.exp(np.log(flops).mean())
     if len(flops) < FEWEST_FOR_E:
@@ -85,22 +85,22 @@ def loss_curve(flops: Array, losses: Array) -> tuple[Array, Array, Array]:
 
 
 def power_laws(flops: Array, parameters: Array, losses: Array, line: Any = log_line) -> PowerLaws:
-    """Laws through minima: N (budgets,) or (k, budgets), losses alike."""
+    """Fit the laws to minima; N and losses are (budgets,) or (k, budgets)."""
     k, a = line(flops, parameters)
     return PowerLaws(np.atleast_1d(k), np.atleast_1d(a), tuple(np.atleast_1d(part) for part in loss_curve(flops, losses)))  # type: ignore[arg-type]
 
 
-def told(laws: PowerLaws, predict: tuple[float, ...], drawn: PowerLaws | None = None) -> dict[str, Any]:
-    """Exponents, coefficients and predictions at budgets, with their 90% intervals where there are resamples."""
+def summarize_power_laws(laws: PowerLaws, predict: tuple[float, ...], drawn: PowerLaws | None = None) -> dict[str, Any]:
+    """Return exponents, coefficients and predictions at budgets under their report keys, with 90% intervals if resampled."""
     e, h, g = (float(part[0]) for part in laws.loss)
     found: dict[str, Any] = {
         **{name: float(values[0]) for name, values in _exponents(laws).items()},
         "loss_law": f"{e:.4f} + {h:.4g} C^-{g:.4g}",
-        **predictions([laws.at(flops) for flops in predict], None),
+        **optima_by_name([laws.at(flops) for flops in predict], None),
     }
     if drawn is None or not len(drawn.exponent):
         return found
-    found |= predictions([laws.at(flops) for flops in predict], [drawn.at(flops) for flops in predict])
+    found |= optima_by_name([laws.at(flops) for flops in predict], [drawn.at(flops) for flops in predict])
     return found | {
         "resamples": len(drawn.exponent),
         "intervals": {name: interval(values) for name, values in _exponents(drawn).items()},
@@ -116,8 +116,8 @@ def _exponents(laws: PowerLaws) -> dict[str, Array]:
     }
 
 
-def predictions(found: list[Any], drawn: list[Any] | None) -> dict[str, Any]:
-    """(N, D, loss) of each budget by name, and the intervals of their resamples."""
+def optima_by_name(found: list[Any], drawn: list[Any] | None) -> dict[str, Any]:
+    """Return N, D and loss of each budget under their report keys, with the intervals of `drawn` if given."""
     named: dict[str, Any] = {}
     for number, name in enumerate(("n_opt", "d_opt", "loss")):
         named[name] = [float(np.ravel(values[number])[0]) for values in found]
@@ -127,6 +127,6 @@ def predictions(found: list[Any], drawn: list[Any] | None) -> dict[str, Any]:
 
 
 def interval(values: Array) -> list[float]:
-    """5th and 95th percentile."""
+    """Return the 5th and 95th percentile."""
     low, high = np.quantile(values, INTERVAL)
     return [float(low), float(high)]

@@ -1,225 +1,237 @@
-"""All approaches on the same points: what each says, and how much of it to believe."""
+"""The numbers of a fit, as they stand in its report file; every part is frozen and typed.
+
+`FitReport.to_dict` gives the JSON of `LAW_report.json`; `FitReport.model_validate` reads it back. A method that the runs do not
+suit has the status "not fitted", a reason and no numbers: keys without a value are absent from the JSON.
+"""
 
 from __future__ import annotations
 
-import time
-from typing import Any, NamedTuple
+import json
+import math
+from typing import Any
 
-import numpy as np
+from pydantic import BaseModel, ConfigDict
 
-from isoflop.errors import UserError
-from isoflop.scaling import envelope, isoflop, parametric
-from isoflop.scaling.parametric import NAMES, Fit
-from isoflop.scaling.points import Array, Curve, Points
-from isoflop.scaling.powers import Minimum, interval, linear_line, log_line, power_laws, predictions, told
-from isoflop.scaling.repeated import fit_repeated
-from isoflop.scaling.single import fit_single
-
-FAR, FAR_AT_LEAST = 5, 0.01  # standard deviations, and log loss: what is named as odd
+Interval = list[float]
+"""5th and 95th percentile."""
+NOT_FITTED = "not fitted"
 
 
-class Options(NamedTuple):
-    """What is asked of a fit."""
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    resamples: int = 1000
-    seed: int = 0
-    predict: tuple[float, ...] = ()
-    """Budgets in FLOPs."""
-    delta: float = parametric.DELTA
-    asymmetry: float = 0.5
+
+class _Method(_Part):
+    status: str
+    reason: str | None = None
+    """Why the method was not fitted."""
+
+
+class LeastSum(_Part):
+    """Coefficients of the parametric law that minimise some sum, and how the minimum was found."""
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+    exponent_n: float
+    """a of N ~ C^a along the compute-optimal frontier."""
+    exponent_d: float
+    objective: float
+    status: str
+    detail: str
+    condition: float
+    """Condition number of J^T J, its columns scaled to 1."""
+    starts: int
+    seconds: float
+    residual_std: float
 
     @property
-    def sum(self) -> parametric.Options:
-        """Which sum the parametric fit minimises."""
-        return parametric.Options(self.delta, self.asymmetry)
+    def converged(self) -> bool:
+        """Whether the coefficients are a law; else powers of them may overflow."""
+        return self.status == "converged"
+
+    @property
+    def coefficients(self) -> tuple[float, float, float, float, float]:
+        """E, A, alpha, B, beta."""
+        return self.E, self.A, self.alpha, self.B, self.beta
 
 
-class Report(NamedTuple):
-    """`numbers` is all that is told, ready for JSON; the law's own arrays stand beside it."""
+class Parametric(LeastSum):
+    """The parametric law with its bootstrap; lists have an entry per budget of `FitReport.predict`."""
 
-    numbers: dict[str, Any]
-    draws: Array
-    """Resampled coefficients, (k, 5) in the order of `NAMES`."""
-    residuals: Array
-    """log(measured / fitted) of the points."""
-
-
-def fit_laws(points: Points, curves: list[Curve], options: Options) -> Report:
-    """Every approach. Raises `UserError` for too few points; an approach that they do not suit is "not fitted", with a reason."""
-    fit = parametric.fit_parametric(points, options.sum)
-    started = time.perf_counter()
-    draws = _draws(points, fit, options)
-    law = _parametric(points, fit, draws, options) | {"bootstrap_seconds": time.perf_counter() - started}
-    found = isoflop.profiles(points)
-    numbers = {
-        "predict": list(options.predict),
-        "points": {
-            "count": len(points.loss),
-            **{
-                name: [float(v.min()), float(v.max())]
-                for name, v in zip(("parameters", "tokens", "flops"), points[:3], strict=True)
-            },
-            "budgets": [profile.flops for profile in found],
-        },
-        "warnings": _warnings(found, fit),
-        "parametric": law,
-        "parametric_lad": _coefficients(parametric.fit_least_absolute(points)),
-        "parametric_square": _coefficients(parametric.fit_squares(points)),
-        "isoflop": _isoflop(found, options),
-        **_argmin(found, options),
-        "envelope": _envelope(curves, options),
-        "kaplan": fit_single(points),
-        "repeated": fit_repeated(points, options.sum),
-        "leave_largest_out": _leave_largest_out(points, found, options),
-    }
-    return Report(numbers, draws, fit.residuals)
+    resamples: int
+    intervals: dict[str, Interval] | None
+    """By coefficient and exponent; None if the fit is no law."""
+    n_opt: list[float]
+    n_opt_interval: list[Interval] | None = None
+    d_opt: list[float]
+    d_opt_interval: list[Interval] | None = None
+    loss: list[float]
+    loss_interval: list[Interval] | None = None
+    bootstrap_seconds: float
 
 
-def _draws(points: Points, fit: Fit, options: Options) -> Array:
-    """Resampled coefficients; none of what is no law."""
-    if fit.status != "converged":
-        return np.empty((0, len(NAMES)))
-    return parametric.resample(points, fit, options.sum, options.resamples, options.seed)
+class Profile(_Part):
+    """A budget's parabola and its minimum."""
+
+    flops: float
+    points: int
+    used: bool
+    reason: str | None
+    """Why the budget is left out."""
+    polynomial: list[float] | None
+    """c2, c1, c0 of loss = c2 z^2 + c1 z + c0, z = ln N."""
+    n_opt: float | None
+    d_opt: float | None
+    loss: float | None
 
 
-def _coefficients(fit: Fit) -> dict[str, Any]:
-    alpha, beta = fit.coefficients[2], fit.coefficients[4]
-    return {
-        **dict(zip(NAMES, map(float, fit.coefficients), strict=True)),
-        "exponent_n": float(beta / (alpha + beta)),
-        "exponent_d": float(alpha / (alpha + beta)),
-        "objective": fit.objective,
-        "status": fit.status,
-        "detail": fit.detail,
-        "condition": fit.condition,
-        "starts": fit.starts,
-        "seconds": fit.seconds,
-        "residual_std": float(fit.residuals.std()),
-    }
+class Least(_Part):
+    """The least loss measured at a budget."""
+
+    flops: float
+    parameters: float
+    loss: float
 
 
-def _parametric(points: Points, fit: Fit, draws: Array, options: Options) -> dict[str, Any]:
-    alpha, beta = draws[:, 2], draws[:, 4]
-    optima = [(*(at := parametric.optimum(fit.coefficients, np.array(c))), fit.loss(*at)) for c in options.predict]
-    if not len(draws):
-        return {**_coefficients(fit), "resamples": 0, "intervals": None, **predictions(optima, None)}
-    drawn = [(*(at := parametric.optimum(draws, np.array(c))), parametric.loss_of(draws, *at)) for c in options.predict]
-    return {
-        **_coefficients(fit),
-        "resamples": len(draws),
-        "intervals": {name: interval(values) for name, values in zip(NAMES, draws.T, strict=True)}
-        | {"exponent_n": interval(beta / (alpha + beta)), "exponent_d": interval(alpha / (alpha + beta))},
-        **predictions(optima, drawn),
-    }
+class PowerLaw(_Method):
+    """N, D and least loss as powers of C, by the minima of several budgets; lists as in `Parametric`."""
+
+    exponent_n: float | None = None
+    coefficient_n: float | None = None
+    exponent_d: float | None = None
+    coefficient_d: float | None = None
+    loss_law: str | None = None
+    n_opt: list[float] = []
+    d_opt: list[float] = []
+    loss: list[float] = []
+    n_opt_interval: list[Interval] | None = None
+    d_opt_interval: list[Interval] | None = None
+    loss_interval: list[Interval] | None = None
+    resamples: int | None = None
+    intervals: dict[str, Interval] | None = None
+    profiles: list[Profile] = []
+    """Of the IsoFLOP parabolas."""
+    points: list[Least] = []
+    """Of the envelope and the least-loss lines."""
+
+    @property
+    def power_n(self) -> tuple[float, float] | None:
+        """k and a of N = k C^a; None if not fitted."""
+        return None if self.coefficient_n is None or self.exponent_n is None else (self.coefficient_n, self.exponent_n)
+
+    @property
+    def power_d(self) -> tuple[float, float] | None:
+        """k and b of D = k C^b; None if not fitted."""
+        return None if self.coefficient_d is None or self.exponent_d is None else (self.coefficient_d, self.exponent_d)
 
 
-def _isoflop(found: list[isoflop.Profile], options: Options) -> dict[str, Any]:
-    laws = isoflop.laws_of(found)
-    told_of = [
-        {
-            "flops": profile.flops,
-            "points": len(profile.points.loss),
-            "used": profile.minimum is not None,
-            "reason": profile.reason or None,
-            "polynomial": None if profile.polynomial is None else [float(c) for c in profile.polynomial],
-            **_minimum(profile.minimum),
-        }
-        for profile in found
-    ]
-    if laws is None:
-        used = sum(profile.minimum is not None for profile in found)
-        reason = f"{used} of {len(found)} budgets have a minimum within their sizes, and two are needed"
-        return {"status": "not fitted", "reason": reason, "profiles": told_of}
-    drawn = isoflop.resample(found, options.resamples, options.seed)
-    return {"status": "converged", **told(laws, options.predict, drawn), "profiles": told_of}
+class SingleLaw(_Method):
+    """Loss = (scale / x)^exponent, of N, D or C alone (Kaplan et al. 2020, equations 1.1 to 1.3)."""
+
+    exponent: float | None = None
+    scale: float | None = None
+    residual_std: float | None = None
+    points: int | None = None
 
 
-def _minimum(minimum: Minimum | None) -> dict[str, float | None]:
-    if minimum is None:
-        return {"n_opt": None, "d_opt": None, "loss": None}
-    return {"n_opt": minimum.parameters, "d_opt": minimum.tokens, "loss": minimum.loss}
+class Repeated(_Method):
+    """Worth of repeated tokens (Muennighoff et al. 2023), fitted together with the law of fresh ones."""
+
+    r_star: float | None = None
+    objective: float | None = None
+    points: int | None = None
+    E: float | None = None
+    A: float | None = None
+    alpha: float | None = None
+    B: float | None = None
+    beta: float | None = None
 
 
-def _argmin(found: list[isoflop.Profile], options: Options) -> dict[str, Any]:
-    best = isoflop.least(found)
-    if len(best) < 2:
-        not_fitted = {"status": "not fitted", "reason": f"{len(best)} budgets with several sizes, and a line needs two"}
-        return {"argmin_log": not_fitted, "argmin_linear": not_fitted}
-    flops, parameters, losses = np.array(best).T
-    points = [{"flops": one.flops, "parameters": one.parameters, "loss": one.loss} for one in best]
-    return {
-        f"argmin_{name}": {
-            "status": "converged",
-            **told(power_laws(flops, parameters, losses, line), options.predict),
-            "points": points,
-        }
-        for name, line in (("log", log_line), ("linear", linear_line))
-    }
+class HeldOutRun(_Part):
+    """A run of the largest budget and its prediction from the smaller budgets."""
+
+    flops: float
+    parameters: float
+    tokens: float
+    measured: float
+    predicted: float
+    interval: Interval
+    """Of a single run."""
+    error: float
+    """predicted / measured - 1."""
+    inside: bool
 
 
-def _envelope(curves: list[Curve], options: Options) -> dict[str, Any]:
-    found = envelope.fit_envelope(curves, min(options.resamples, envelope.RESAMPLES), options.seed)
-    if isinstance(found, str):
-        return {"status": "not fitted", "reason": found}
-    shown = found.minima[:: max(1, len(found.minima) // 100)]
-    points = [{"flops": one.flops, "parameters": one.parameters, "loss": one.loss} for one in shown]
-    return {"status": "converged", **told(found.laws, options.predict, found.drawn), "points": points}
+class HeldOutSize(_Part):
+    """N of least loss at the largest budget: by its own parabola, and predicted by those of the smaller budgets."""
+
+    flops: float
+    measured: float
+    predicted: float
+    interval: Interval
+    error: float
 
 
-def _leave_largest_out(points: Points, found: list[isoflop.Profile], options: Options) -> dict[str, Any]:
-    """Each run of the largest budget, predicted from the cheaper ones; and its best size, where both have one.
+class HeldOutBudget(_Method):
+    """The largest budget as predicted by a fit to the smaller ones."""
 
-    The largest budget is the one of the IsoFLOP groups; where there are none, all runs above half of the largest run's FLOPs.
-    """
-    top = found[-1].points.flops.min() if found and found[-1].points.flops.max() == points.flops.max() else points.flops.max() / 2
-    held = points.flops >= top * (1 - 1e-9)
-    below = points.take(~held)
-    try:
-        fit = parametric.fit_parametric(below, options.sum)
-    except UserError as error:
-        return {"status": "not fitted", "reason": f"without the largest budget: {error}"}
-    draws = _draws(below, fit, options)
-    if not len(draws):
-        return {"status": "not fitted", "reason": f"without the largest budget the fit is {fit.status}: {fit.detail}"}
-    runs = [_held_out(run, fit, draws, options) for run in map(points.take, np.flatnonzero(held))]
-    size = None
-    if (laws := isoflop.laws_of(found[:-1])) and (minimum := found[-1].minimum):
-        n = isoflop.resample(found[:-1], options.resamples, options.seed).at(minimum.flops)[0]
-        predicted = float(laws.at(minimum.flops)[0][0])
-        size = {
-            "flops": minimum.flops, "measured": minimum.parameters, "predicted": predicted, "interval": interval(n),
-            "error": predicted / minimum.parameters - 1,
-        }  # fmt: skip
-    return {
-        "status": fit.status,
-        "fitted_up_to": float(below.flops.max()),
-        "fitted_points": len(below.loss),
-        "runs": runs,
-        "inside": sum(run["inside"] for run in runs) / len(runs),
-        "mean_absolute_error": float(np.mean([abs(run["error"]) for run in runs])),
-        "n_opt": size,
-    }
+    fitted_up_to: float | None = None
+    """Largest FLOPs of the fitted runs."""
+    fitted_points: int | None = None
+    runs: list[HeldOutRun] = []
+    inside: float | None = None
+    """Share of the runs inside their 90% interval."""
+    mean_absolute_error: float | None = None
+    n_opt: HeldOutSize | None = None
 
 
-def _held_out(run: Points, fit: Fit, draws: Array, options: Options) -> dict[str, Any]:
-    """A run's loss beside its prediction; the interval is one of a run: the law's draws times residuals of single runs."""
-    n, d, c, loss = (float(np.ravel(values)[0]) for values in run[:4])
-    predicted = float(fit.loss(np.array(n), np.array(d)))
-    low, high = interval(np.outer(parametric.loss_of(draws, np.array(n), np.array(d)), np.exp(fit.residuals)))
-    return {
-        "flops": c, "parameters": n, "tokens": d, "measured": loss, "predicted": predicted, "interval": [low, high],
-        "error": predicted / loss - 1, "inside": low <= loss <= high,
-    }  # fmt: skip
+class Ranges(_Part):
+    """Number and ranges of the fitted runs."""
+
+    count: int
+    parameters: tuple[float, float]
+    tokens: tuple[float, float]
+    flops: tuple[float, float]
+    budgets: list[float]
 
 
-def _warnings(found: list[isoflop.Profile], fit: Fit) -> list[str]:
-    left_out = [
-        f"budget {profile.flops:.3g} FLOPs is left out of the parabolas: {profile.reason}" for profile in found if profile.reason
-    ]
-    spread = float(np.median(np.abs(fit.residuals))) / 0.6745  # the standard deviation, were it normal; odd points do not move it
-    far = np.flatnonzero(np.abs(fit.residuals) > max(FAR * spread, FAR_AT_LEAST))
-    odd = [
-        f"point {i + 1} lies {np.expm1(fit.residuals[i]):+.1%} from the law, over {FAR} times the others' spread: look at it"
-        for i in far
-    ]
-    return left_out + odd
+class FitReport(_Part):
+    """Every method's numbers."""
+
+    predict: list[float]
+    """Budgets in FLOPs."""
+    points: Ranges
+    warnings: list[str]
+    parametric: Parametric
+    parametric_lad: LeastSum
+    """Least absolute deviations."""
+    parametric_square: LeastSum
+    """Least squares of the loss."""
+    isoflop: PowerLaw
+    argmin_log: PowerLaw
+    argmin_linear: PowerLaw
+    envelope: PowerLaw
+    kaplan: dict[str, SingleLaw]
+    """By N, D and C."""
+    repeated: Repeated
+    leave_largest_out: HeldOutBudget
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object; numbers that are not finite, which JSON lacks, become None."""
+        tree: dict[str, Any] = _finite(self.model_dump(mode="json", exclude_unset=True))
+        return tree
+
+    def to_json(self) -> str:
+        """Return the JSON text at full precision."""
+        return json.dumps(self.to_dict(), indent=1)
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

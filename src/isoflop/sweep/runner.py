@@ -1,7 +1,7 @@
-"""Train the runs of a sweep, each by the ordinary `pretrain` in a process of its own: on one machine, or packed over its GPUs.
+"""Train the runs of a sweep, each by the ordinary `pretrain` in its own process: on one machine, or spread over its GPUs.
 
-A signal is passed on, so that every run saves; started again, finished runs are left alone and stopped ones go on. Several sweeps
-may work on one folder, on one machine or many: a run that another process trains is passed over.
+A signal is passed on, so that every run saves. Started again, finished runs are skipped and stopped ones resume. Several sweeps
+may work on one folder, on one machine or many: a run that another process trains is skipped.
 """
 
 from __future__ import annotations
@@ -12,29 +12,31 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from isoflop.checkpoint.folder import list_checkpoints
-from isoflop.disk import lock, write_aside
-from isoflop.recipe_file import to_yaml
-from isoflop.run_folder import RunFolder
-from isoflop.stop import EXIT_RESUME, end_with_parent, without_nohup
+from isoflop.config.loading import to_yaml
 from isoflop.sweep.design import Group, Run
 from isoflop.sweep.state import state_of
+from isoflop.train.run_folder import RunFolder
+from isoflop.train.signals import EXIT_RESUME, end_with_parent, without_nohup
+from isoflop.utils.io import atomic_write, lock
 
 POLL_S = 0.2
+PROGRAM = ("--module", "isoflop", "pretrain")  # what `accelerate launch` runs
 
 
 class Slot(NamedTuple):
-    """Where one run at a time is trained, as environment variables."""
+    """A place for one run at a time, as environment variables."""
 
     environment: dict[str, str]
 
 
 def slots_of(gpus: list[str], jobs: int) -> list[Slot]:
-    """A slot for each GPU; without GPUs `jobs` of them, which share the cores: threads of several runs slow one another down."""
+    """Return a slot for each GPU; without GPUs `jobs` slots that share the cores (threads of several runs slow each other)."""
     if gpus:
         return [Slot({"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus]
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
@@ -52,7 +54,7 @@ class Process:
 
     @property
     def ended(self) -> bool:
-        """Whether launcher and run are gone: told to stop, the first leaves while the second still saves."""
+        """Whether launcher and run have ended: after a signal the launcher ends first, while the run still saves."""
         return self.child.poll() is not None and state_of(self.run).what != "running"
 
 
@@ -63,16 +65,17 @@ class Runner:
     groups: list[Group]
     slots: list[Slot]
     config: str
-    """A file of accelerate_configs/."""
+    """A launch config."""
     folder: Path
+    program: Sequence[str] = PROGRAM
     running: list[Process] = field(default_factory=list)
     failed: list[Run] = field(default_factory=list)
     signal: str | None = None
 
     def train(self) -> int:
-        """Train all that is neither finished nor in another process's hands; returns the exit code."""
-        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, self._stop) for number in without_nohup(heard)}
+        """Train all runs that are neither finished nor trained by another process; returns the exit code."""
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, self._stop) for number in without_nohup(handled)}
         try:
             queue = list(self.groups)
             while (queue and not self.signal) or self.running:
@@ -87,12 +90,12 @@ class Runner:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.signal:
-            print(f"{self.signal}: what was being trained is saved; the same command goes on", flush=True)
+            print(f"{self.signal}: the runs in training are saved; the same command resumes", flush=True)
             return EXIT_RESUME
         return 1 if self.failed else 0
 
     def _start(self, group: Group, slot: Slot) -> Process | None:
-        """Start a group's first run that is to be trained."""
+        """Start a group's first run that is not finished."""
         for run in group:
             if run not in self.failed and state_of(run).what in ("waiting", "stopped"):
                 branch_off(run, group[0])
@@ -103,21 +106,21 @@ class Runner:
         recipe, log = recipe_file(self.folder, run), self.folder / "logs" / f"{run.name}.log"
         for file in (recipe, log):
             file.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(recipe, to_yaml(run.recipe, exclude_none=True))
+        atomic_write(recipe, to_yaml(run.recipe, exclude_none=True))
         print(f"{time.strftime('%H:%M:%S')} {run.name}: {run.steps:,} steps, {run.flops:.3g} FLOPs; log: {log}", flush=True)
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", self.config]
         with log.open("ab") as stream:
             return subprocess.Popen(
-                [*launch, "scripts/pretrain.py", str(recipe)],
+                [*launch, *self.program, str(recipe)],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=os.environ | slot.environment,
-                start_new_session=True,  # a Ctrl-C reaches it through the sweep alone, once
-                preexec_fn=end_with_parent,  # a sweep that is killed takes its runs with it: their launchers pass the end on
+                start_new_session=True,  # a Ctrl-C reaches it only once, through the sweep
+                preexec_fn=end_with_parent,  # a killed sweep ends its runs: their launchers pass the signal on
             )
 
     def _collect(self) -> None:
-        """Take leave of the processes that ended, and go on to the next run of their groups."""
+        """Remove the processes that ended, and start the next run of their groups."""
         for process in [process for process in self.running if process.ended]:
             self.running.remove(process)
             state = state_of(process.run)
@@ -142,22 +145,22 @@ class Runner:
 
 
 def recipe_file(folder: Path, run: Run) -> Path:
-    """Where a sweep in `folder` writes the recipe of a run."""
+    """Return the file of a run's recipe in a sweep's folder."""
     return folder / "recipes" / f"{run.name}.yaml"
 
 
 def branch_off(run: Run, trunk: Run) -> None:
-    """Let a run begin from the checkpoint of a longer one of its size, where their paths part.
+    """Start a run from the checkpoint of a longer one of its size, at the step where their schedules part.
 
-    Bit for bit what it would have come to by itself: up to there both see the same batches at the same rates.
+    The result is bit for bit that of the run alone: up to that step both have the same batches and learning rates.
     """
     folder, origin = RunFolder(run.recipe.output.run_dir), RunFolder(trunk.recipe.output.run_dir)
     checkpoint = origin.checkpoints / f"step-{run.branch_step}"
     if run is trunk or list_checkpoints(folder.checkpoints) or not checkpoint.is_dir():
         return
-    with lock(folder.path / "lock", f"output.run_dir = {str(folder.path)!r}", "wait for that run"):  # it marks the folder, too
-        aside = folder.checkpoints / f".step-{run.branch_step}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(checkpoint, aside, copy_function=os.link)
-        shutil.copyfile(origin.metrics, folder.metrics)  # later rows are cut off when it goes on
-        aside.rename(folder.checkpoints / checkpoint.name)
+    with lock(folder.path / "lock", f"output.run_dir = {str(folder.path)!r}", "wait for that run"):  # which also marks the folder
+        tmp = folder.checkpoints / f".step-{run.branch_step}.partial"
+        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.copytree(checkpoint, tmp, copy_function=os.link)
+        shutil.copyfile(origin.metrics, folder.metrics)  # later rows are removed when it resumes
+        tmp.rename(folder.checkpoints / checkpoint.name)

@@ -1,0 +1,94 @@
+"""The GPU section of docs/performance.md, from the rows that benchmarks/gpu.py wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from measured import Row, by_case, median_and_range, sources
+
+from isoflop.utils.tables import markdown
+
+NO_GPU = """No GPU has been measured yet: no row of one is in `benchmarks/results`. On a machine with a GPU
+`python benchmarks/gpu.py` makes them in 8 minutes: checks against the CPU, memory, tokens/s and MFU of four recipes, what each
+lever is worth (compiling, attention kernels, the loss, Liger's kernels, float8, micro-batches), and loss by wall time. The aims
+for one H200 are 65k tokens/s for `llama2_1.36b` in bf16 with fp32 masters, and 700k for the 124M."""
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """What benchmarks/gpu.py measured on GPUs; nothing where it was not run yet. Rehearsals on a CPU do not count."""
+    file = folder / "gpu.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [row for row in map(json.loads, lines) if not row["rehearsal"]]
+
+
+def section(rows: list[Row]) -> str:
+    """What benchmarks/gpu.py measured, machine by machine."""
+    if not rows:
+        return NO_GPU
+    parts = []
+    for machine in dict.fromkeys(row["machine"] for row in rows):
+        own = [row for row in rows if row["machine"] == machine]
+        parts += [f"**{machine}**", checks(own), steps(own), operations(own), trace(own), rate(own),
+                  left_out(own), sources(own)]  # fmt: skip
+    return "\n\n".join(part for part in parts if part)
+
+
+def checks(rows: list[Row]) -> str:
+    """Checks against fp32 on the CPU, by case."""
+    lines = []
+    for case, own in by_case([row for row in rows if "tolerance" in row]).items():
+        worst = max(own, key=lambda row: row["difference"] / row["tolerance"])
+        lines.append([case, f"{sum(row['passed'] for row in own)} of {len(own)}", f"{worst['way']}: {worst['metric']}",
+                      f"{worst['difference']:.2g}", f"{worst['tolerance']:.2g}"])  # fmt: skip
+    return markdown(["check", "passed", "nearest to its tolerance", "difference", "tolerance"], lines) if lines else ""
+
+
+def steps(rows: list[Row]) -> str:
+    """Training steps. Those of few micro-batches, in which clipping and update weigh more than in a whole step."""
+    lines = [
+        [row["case"], row["way"], f"{row['micro_batch_size']} x {row['accumulation']}", median_and_range(row["tokens_per_s"]),
+         f"{row['mfu']:.1%}" if row["mfu"] else "", f"{row['share_of_matmul']:.0%}" if row["share_of_matmul"] else "",
+         f"{row['first_step_s']:.0f}", f"{row['peak_memory_bytes'] / 2**30:.1f}"]
+        for row in rows if "tokens_per_s" in row
+    ]  # fmt: skip
+    header = ["case", "way", "micro-batch x accumulation", "tokens/s", "MFU", "of the matmul rate", "first step, s", "GiB"]
+    return markdown(header, lines) if lines else ""
+
+
+def operations(rows: list[Row]) -> str:
+    """What the machine reaches, and single operations."""
+    lines = [
+        [row["case"], row["way"], f"{row['figure']:,.4g} {row['unit']}",
+         f"{row['extra_bytes'] / 2**20:,.0f}" if row.get("extra_bytes") is not None else ""]
+        for row in rows if row["part"] == "speed" and "figure" in row
+    ]  # fmt: skip
+    return markdown(["operation", "way", "figure", "MiB beyond its inputs"], lines) if lines else ""
+
+
+def trace(rows: list[Row]) -> str:
+    """Kernels of traced steps by time."""
+    kernels = [row for row in rows if "kernel" in row]
+    idle = [row["idle_share"] for row in rows if row.get("idle_share") is not None]
+    lines = [[f"`{row['kernel'][:70]}`", f"{row['ms_per_step']:.2f}", f"{row['share']:.1%}"] for row in kernels]
+    table = markdown(["kernel", "ms a step", "share"], lines) if lines else ""
+    return (f"Of the traced steps the GPU idles {idle[0]:.1%}.\n\n" if idle else "") + table
+
+
+def rate(rows: list[Row]) -> str:
+    """Loss by wall time, some points of the curve."""
+    for row in rows:
+        if row.get("curve"):
+            points = row["curve"][:: max(1, len(row["curve"]) // 8)]
+            lines = [[f"{point['elapsed_s']:.0f}", f"{point['tokens']:,}", f"{point['loss']:.3f}"] for point in points]
+            return f"`{row['case']}` on {row['text']}:\n\n" + markdown(["s", "tokens", "loss"], lines)
+    return ""
+
+
+def left_out(rows: list[Row]) -> str:
+    """What failed, or was not reached."""
+    lines = [
+        f"- {row['case']}{': ' + row['way'] if 'way' in row else ''}: {(row.get('error') or row['skipped']).splitlines()[-1]}"
+        for row in rows if "error" in row or "skipped" in row
+    ]  # fmt: skip
+    return "Not measured:\n\n" + "\n".join(lines) if lines else ""

@@ -1,0 +1,5 @@
+"""`python -m isoflop`: the `isoflop` command."""
+
+from isoflop.cli.main import main
+
+main()
