@@ -150,7 +150,8 @@ def serve(name, path, owner):
             wake.recv(4096)
         for connection in [one for one in ready if one in running]:
             if not connection.recv(1):  # the stand-in is gone
-                os.kill(running[connection], signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(running[connection], signal.SIGKILL)
         for connection, pid in list(running.items()):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:

@@ -25,7 +25,7 @@ class Launched:
 
     def kill(self, rank, number=signal.SIGKILL):
         """Send one rank a signal."""
-        os.kill(self.pids[rank], number)
+        self.jobs[rank].kill(number)
 
     def wait(self, timeout=240):
         """Exit codes by rank (negative: the signal's number). Ranks that still run after `timeout` seconds are killed."""

@@ -44,6 +44,7 @@ def test_it_starts(name):
     assert "--results" in printed
 
 
+@pytest.mark.new_process
 def test_the_loss_is_measured_at_toy_size(tmp_path):
     rows = measured("loss", tmp_path)
     assert [(row["case"], row["way"], row["rounds"]) for row in rows] == [
@@ -194,6 +195,7 @@ def run_worker(folder, script, seconds=60):
     return good, rows
 
 
+@pytest.mark.new_process
 def test_a_crash_and_a_hang_cost_their_case_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good, rows = run_worker(tmp_path, WORKER)

@@ -89,6 +89,7 @@ def type_all(folder):
         hub.account(TOKEN, "user")
         hub_env = hub.env(folder / "home", TOKEN)
         for page in PAGES:
+            shutil.rmtree(checkout / "data", ignore_errors=True)  # a page's reader begins with nothing prepared
             for number, (info, block) in enumerate(blocks(page)):
                 if info == "sh":
                     at_hub = re.search(r"publish(?!.*--dry-run$)", block, flags=re.MULTILINE)  # a line that really pushes
