@@ -38,17 +38,18 @@ class StepCollector:
 def collected_by_hand(every: int = COLLECT_EVERY_STEPS, all_every: int = COLLECT_ALL_EVERY_STEPS) -> Iterator[StepCollector]:
     """Freeze existing objects and disable the automatic collector; `step()` of the yielded object collects when due.
 
-    Generations 0 and 1 are collected every `every` steps, all generations every `all_every`. The exit restores the collector's
-    previous state, also after an exception. Tensors in reference cycles keep their memory until the next collection.
+    Generations 0 and 1 are collected every `every` steps, all generations every `all_every`. The exit thaws everything and
+    enables the collector if it was enabled, also after an exception. Tensors in reference cycles keep their memory until the next collection.
     """
-    was_enabled, was_frozen = gc.isenabled(), gc.get_freeze_count() > 0
+    was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
         yield StepCollector(every, all_every)
     finally:
-        if not was_frozen:  # objects frozen by other code cannot be told from these, so all stay frozen
-            gc.unfreeze()
+        # Objects that were frozen before cannot be told from these: they cost time in later collections, where a model that
+        # stayed frozen would never be freed. Python 3.12 starts with some hundred frozen objects.
+        gc.unfreeze()
         if was_enabled:
             gc.enable()

@@ -64,14 +64,15 @@ def test_the_collector_is_left_as_it_was(enabled):
         gc.enable()
 
 
-def test_what_another_froze_stays_frozen():
+def test_what_was_made_before_is_freed_though_something_else_was_frozen():
+    """Python 3.12 starts with frozen objects: a second run in its process held the first one's model."""
     gc.freeze()
-    try:
-        with collected_by_hand(every=5):
-            pass
-        assert gc.get_freeze_count() > 0
-    finally:
-        gc.unfreeze()
+    node = weakref.ref(Node())
+    assert node() is not None
+    with collected_by_hand(every=5):
+        pass
+    gc.collect()
+    assert node() is None
 
 
 def test_cyclic_garbage_is_freed_and_does_not_grow():
