@@ -1,6 +1,6 @@
-"""Everything there is to prove and measure on a GPU, most valuable first: python benchmarks/gpu.py [--minutes 8] [--out DIR].
+"""Everything there is to prove and measure on a GPU, most valuable first: python benchmarks/gpu.py [--minutes 14] [--out DIR].
 
-correct (2 minutes of 8): loss, gradients, whole runs, resume after kill -9.  memory (1): predicted against allocated.
+correct (5 parts of 12): loss, gradients, whole runs, resume after kill -9.  memory (2): predicted against allocated.
 speed (4): tokens/s and MFU of the recipes, and what each choice is worth.  rate (the rest): loss by wall time.
 
 Each part is a process of its own with a time limit; rows are in DIR/gpu.jsonl as soon as a case is done, and a crash or a hang
@@ -30,8 +30,8 @@ from gpu_parts import results
 from gpu_parts.runner import kill_group, run_part, tail
 
 ROOT = Path(__file__).parent.parent
-MINUTES, REHEARSAL_MINUTES = 8.0, 20.0
-SHARES = {"correct": 2.0, "memory": 1.0, "speed": 4.0, "rate": 1.0}  # of 8 minutes
+MINUTES, REHEARSAL_MINUTES = 14.0, 20.0
+SHARES = {"correct": 5.0, "memory": 2.0, "speed": 4.0, "rate": 1.0}  # of 12
 REQUIRED = {"torch": (2, 11), "transformers": (5, 17), "accelerate": (1, 15), "datasets": (5, 2), "pydantic": (2, 12)}
 OPTIONAL = {
     "liger_kernel": "Liger's kernels", "torchao": "float8", "triton": "compiling", "flash_attn": "flash attention 2",
@@ -68,6 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", "--results", type=Path, metavar="DIR", help="folder of the rows (default benchmarks/results)")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU; its default DIR is a temporary folder")
     parser.add_argument("--only", help=f"some of the parts: {','.join(SHARES)}")
+    parser.add_argument("--missing", action="store_true", help="only cases that DIR has no result of, from a machine like this")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to measure beside")
     parser.add_argument("--commit", help="name of the commit for the rows, where this is a copy without .git")
     given = parser.parse_args()
@@ -234,11 +235,15 @@ def run_one(
     }
     print(f"{part}: at most {limit - time.time():.0f} s", flush=True)
     good: list[bool] = []
+    earlier = results.read(given.out) if given.missing else []
+    done = results.measured_cases([row for row in earlier if (row["part"], row["machine"]) == (part, about["machine"])])
 
     def run_module(module: str) -> None:
         command = [sys.executable, "-m", "gpu_parts.worker", part, module, "--settings", json.dumps(settings)]
         command += ["--ends-at", str(limit)]
-        good.append(run_part(part, command, work / module, limit, lambda rows: results.put(given.out, rows, about), variables))
+        good.append(
+            run_part(part, command, work / module, limit, lambda rows: results.put(given.out, rows, about), variables, done)
+        )
 
     with Printer(given.out, part, about["run"], work):
         threads = [threading.Thread(target=run_module, args=(module,)) for module in results.PARTS[part]]

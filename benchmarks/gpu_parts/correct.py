@@ -51,9 +51,9 @@ def plan(_: Context) -> list[Case]:
     """Cheap checks first; those that compile many graphs last."""
     no_compiler = lacking("triton") if torch.cuda.is_available() else None
     return [
-        Case("loss", loss_checks, 20),
-        Case("models", lambda context, emit: model_checks(context, emit, compiled=False), 12),
-        Case("documents", document_checks, 10),
+        Case("loss", loss_checks, 27),
+        Case("models", lambda context, emit: model_checks(context, emit, compiled=False), 24),
+        Case("documents", document_checks, 18),
         Case("models compiled", lambda context, emit: model_checks(context, emit, compiled=True), 35, no_compiler),
     ]
 

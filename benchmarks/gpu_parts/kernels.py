@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
+from rows import machine as machine_name
 from rows import spread
 from step import GPU_MATRIX, matmul_flops, seconds_of
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from gpu_parts import results
 from gpu_parts.cases import OUT_OF_MEMORY, Context, Emit, lacking, sized
 from isoflop.config.recipe import Recipe
 from isoflop.modeling import loss as library_loss
@@ -24,15 +25,14 @@ from isoflop.train.training_model import build_training_model
 
 COPIED_BYTES = 4 * 2**30
 TOY_MATRIX = 512
-MACHINE = "machine.json"  # in the work folder: what later cases compare with
+TFLOPS = "TFLOP/s"
 
 
 def machine(context: Context, emit: Emit) -> None:
     """bf16 matrix products and device-to-device copies."""
     size = TOY_MATRIX if context.rehearse else GPU_MATRIX
     flops = matmul_flops(True, size)
-    (context.work / MACHINE).write_text(json.dumps({"matmul_flops": flops}), encoding="utf-8")
-    emit(way=f"bf16 matrix product of {size:,}", figure=flops / 1e12, unit="TFLOP/s", matrix=size)
+    emit(way=f"bf16 matrix product of {size:,}", figure=flops / 1e12, unit=TFLOPS, matrix=size)
     source = torch.empty((2**26 if context.rehearse else COPIED_BYTES) // 4, device=context.device).normal_()
     target = torch.empty_like(source)
     seconds = spread(seconds_of(lambda: target.copy_(source), 20))
@@ -41,9 +41,10 @@ def machine(context: Context, emit: Emit) -> None:
 
 
 def matmul_flops_of(context: Context) -> float | None:
-    """What `machine` measured; None where it did not come to it."""
-    file = context.work / MACHINE
-    return float(json.loads(file.read_text(encoding="utf-8"))["matmul_flops"]) if file.is_file() else None
+    """What `machine` measured on a machine like this; None where it has not."""
+    here = machine_name()
+    rates = [row["figure"] for row in results.read(context.out) if (row.get("unit"), row["machine"]) == (TFLOPS, here)]
+    return 1e12 * rates[-1] if rates else None
 
 
 def timed(context: Context, emit: Emit, way: str, work: Callable[[], object], rounds: int = 10, **facts: Any) -> None:
@@ -151,6 +152,18 @@ def optimizer(context: Context, emit: Emit, name: str) -> None:
         timed(context, emit, f"{name}: {way}", build().step, rounds, **facts)
     parameters = list(model.parameters())
     timed(context, emit, f"{name}: clipping", lambda: nn.utils.clip_grad_norm_(parameters, 1.0), rounds, **facts)
+
+
+def muon(context: Context, emit: Emit, name: str) -> None:
+    """torch's Muon over the matrices of the layers: five Newton-Schulz steps in bf16 for each."""
+    recipe = sized(context, name, "training.compile=false")
+    with context.device:
+        model = build_training_model(recipe, eos_token_id=0, bos_token_id=None, device=context.device)
+    layers = [p for part, p in model.named_parameters() if p.ndim == 2 and ".layers." in part]
+    for parameter in layers:
+        parameter.grad = torch.randn_like(parameter)
+    facts = {"recipe": name, "parameters": sum(p.numel() for p in layers), "matrices": len(layers)}
+    timed(context, emit, f"{name}: torch.optim.Muon", torch.optim.Muon(layers).step, 5, **facts)
 
 
 def foreach(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

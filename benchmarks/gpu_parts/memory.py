@@ -17,7 +17,7 @@ from isoflop.train.optimizers import build_optimizer
 from isoflop.train.training_model import build_training_model
 
 MICRO_BATCHES = 2  # of a step: gradients of the first are there during the second
-NEEDS_S = {False: 6.0, True: 20.0}  # of four measurements; compiling is most of it
+NEEDS_S = {False: 12.0, True: 20.0}  # of four measurements; compiling is most of it
 
 
 def plan(_: Context) -> list[Case]:

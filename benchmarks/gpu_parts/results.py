@@ -48,6 +48,12 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     return cases
 
 
+def measured_cases(rows: Iterable[Row]) -> list[str]:
+    """Cases of a part that have a result: neither an error nor skipped rows alone."""
+    cases = by_case(rows)
+    return [case for (_, case), own in cases.items() if any("skipped" not in row for row in own) and not any(map(failed, own))]
+
+
 def failed(row: Row) -> bool:
     """Whether a row is of a crash, or of a check outside its tolerance."""
     return "error" in row or row.get("passed") is False

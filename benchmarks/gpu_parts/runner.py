@@ -37,14 +37,17 @@ class Ended(NamedTuple):
 
 
 def run_part(
-    part: str, command: list[str], log: Path, ends_at: float, write: Callable[[list[Row]], None], environment: dict[str, str]
-) -> bool:
-    """Run all cases of a worker's plan until `ends_at` (seconds since the epoch). Return whether none crashed or hung.
+    part: str, command: list[str], log: Path, ends_at: float, write: Callable[[list[Row]], None], environment: dict[str, str],
+    done: list[str],
+) -> bool:  # fmt: skip
+    """Run the cases of a worker's plan that are not `done`, until `ends_at` (seconds since the epoch).
+
+    Return whether none crashed or hung.
 
     Each start of the worker has its files at `log`-NUMBER. `write` takes the rows of lost and left-out cases; the worker writes
     the others.
     """
-    done: list[str] = []
+    done = list(done)
     good, starts = True, 0
     while True:
         own = log.with_name(f"{log.name}-{starts}")

@@ -30,8 +30,8 @@ DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINIS
 def plan(_: Context) -> list[Case]:
     """Small runs of many processes first, then the large models."""
     return [
-        Case("quickstart", quickstart, 20),
-        Case("resume after kill -9", resume, 40),
+        Case("quickstart", quickstart, 75),
+        Case("resume after kill -9", resume, 60),
         Case("dry run modern_124m", lambda context, emit: dry_run(context, emit, "modern_124m"), 20),
         Case("dry run llama2_1.36b", lambda context, emit: dry_run(context, emit, "llama2_1.36b"), 25),
         Case("dry run llama3_1.5b", lambda context, emit: dry_run(context, emit, "llama3_1.5b"), 25),

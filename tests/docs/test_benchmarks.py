@@ -191,7 +191,7 @@ def run_worker(folder, script, seconds=60):
     (folder / "worker.py").write_text(script, encoding="utf-8")
     rows = []
     command = [sys.executable, str(folder / "worker.py")]
-    good = runner.run_part("speed", command, folder / "log", time.time() + seconds, rows.extend, dict(os.environ))
+    good = runner.run_part("speed", command, folder / "log", time.time() + seconds, rows.extend, dict(os.environ), [])
     return good, rows
 
 

@@ -39,7 +39,8 @@ def collected_by_hand(every: int = COLLECT_EVERY_STEPS, all_every: int = COLLECT
     """Freeze existing objects and disable the automatic collector; `step()` of the yielded object collects when due.
 
     Generations 0 and 1 are collected every `every` steps, all generations every `all_every`. The exit thaws everything and
-    enables the collector if it was enabled, also after an exception. Tensors in reference cycles keep their memory until the next collection.
+    enables the collector if it was enabled, also after an exception. Tensors in reference cycles keep their memory until the next
+    collection.
     """
     was_enabled = gc.isenabled()
     gc.collect()
