@@ -52,8 +52,9 @@ def one_accelerator_at_a_time():
 @pytest.fixture(autouse=True)
 def forked_commands(request, monkeypatch):
     """`sys.executable` is the stand-in of tests/forks.py, but for tests that are about processes themselves."""
-    if not request.node.get_closest_marker("new_process"):
-        monkeypatch.setattr(sys, "executable", forks.python())
+    if request.node.get_closest_marker("new_process"):
+        monkeypatch.setenv("ISOFLOP_TEST_REAL", "1")
+    monkeypatch.setattr(sys, "executable", forks.python())
 
 
 def shared(tmp_path_factory, name, make):

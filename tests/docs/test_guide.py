@@ -52,7 +52,7 @@ def compare_with_plan(recipe, cell, kind, num_gpus):
             "llama3_1.5b",
             ["training.activation_checkpointing=true", "training.micro_batch_size=4"],
             "1gpu",
-            "28.69",
+            "26.79",
             "rtx5090",
             4,
         ),

@@ -159,7 +159,7 @@ def storm(ranks, write_recipe, config, policy, kills, seed):
         codes, said = set(launched.wait()), launched.text()
         assert codes <= {0, -signal.SIGKILL}, said
         done += -signal.SIGKILL in codes
-        resumed = re.search(r"resuming from \S*/(step-\d+)", said.split("back to the newest checkpoint")[0])
+        resumed = re.search(r"resuming from \S*/(step-\d+)", said.split("return to the newest checkpoint")[0])
         # Killed before it said so, or just there.
         assert (resumed and resumed[1]) in ((newest,) if codes == {0} else (newest, None)), said
         if (folder / "summary.json").exists():

@@ -225,6 +225,8 @@ def predicted_memory(model: Model, training: Training, optimizer: Optimizer, lau
     if training.activation_checkpointing:
         stream = 2 if mode == "bf16" else 4
         kept = tokens * shape_of(model).num_layers * stream * shape_of(model).hidden_size
+        if compiled and mode == "autocast":  # a compiled layer makes its own copies, and makes them again in the backward pass
+            copies = 2 * head
         loss = max(loss, layer_bytes + backward - copies)
     memory = Memory(weights, gradients, moments, copies, kept, max(loss, backward))
     if micro_batches == 1 and launch.engine in ("single", "fsdp2"):
