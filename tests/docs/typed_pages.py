@@ -89,8 +89,9 @@ def type_all(folder):
         hub.account(TOKEN, "user")
         hub_env = hub.env(folder / "home", TOKEN)
         for page in PAGES:
-            if page == "docs/guide.md":  # whose reader begins with nothing prepared; the manual's has done what the README says
-                shutil.rmtree(checkout / "data", ignore_errors=True)
+            if page == "docs/guide.md":  # whose reader begins with nothing; the manual's has done what the README says
+                for name in ("data", "runs"):
+                    shutil.rmtree(checkout / name, ignore_errors=True)
             for number, (info, block) in enumerate(blocks(page)):
                 if info == "sh":
                     at_hub = re.search(r"publish(?!.*--dry-run$)", block, flags=re.MULTILINE)  # a line that really pushes
