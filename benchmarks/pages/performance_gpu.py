@@ -9,10 +9,17 @@ from measured import Row, by_case, median_and_range, sources
 
 from isoflop.utils.tables import markdown
 
-NO_GPU = """No GPU has been measured yet: no row of one is in `benchmarks/results`. On a machine with a GPU
-`python benchmarks/gpu.py` makes them in 8 minutes: checks against the CPU, memory, tokens/s and MFU of four recipes, what each
-lever is worth (compiling, attention kernels, the loss, Liger's kernels, float8, micro-batches), and loss by wall time. The aims
-for one H200 are 65k tokens/s for `llama2_1.36b` in bf16 with fp32 masters, and 700k for the 124M."""
+AIMS = "The aims for one H200 are 65k tokens/s for `llama2_1.36b` in bf16 with fp32 masters, and 700k for the 124M"
+NO_GPU = f"""No GPU has been measured yet: no row of one is in `benchmarks/results`. On a machine with a GPU
+`python benchmarks/gpu.py` makes them in 14 minutes: checks against the CPU, memory, tokens/s and MFU of four recipes, what each
+lever is worth (compiling, attention kernels, the loss, Liger's kernels, float8, micro-batches), and loss by wall time. {AIMS}."""
+
+RECIPES = ("modern_124m", "gpt2_124m", "llama2_1.36b", "llama3_1.5b")
+PEERS = (
+    ("gpt2_124m nanoGPT compiled", "gpt2_124m", "nanoGPT's model, compiled as a whole, in a plain loop"),
+    ("modern_124m transformers", "modern_124m", "transformers' model and loss in a plain loop"),
+    ("modern_124m Trainer", "modern_124m", "transformers' Trainer"),
+)
 
 
 def rows_of(folder: Path) -> list[Row]:
@@ -29,9 +36,22 @@ def section(rows: list[Row]) -> str:
     parts = []
     for machine in dict.fromkeys(row["machine"] for row in rows):
         own = [row for row in rows if row["machine"] == machine]
-        parts += [f"**{machine}**", checks(own), steps(own), operations(own), trace(own), rate(own),
+        parts += [f"**{machine}**", summary(own), checks(own), steps(own), operations(own), trace(own), rate(own),
                   left_out(own), sources(own)]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
+
+
+def summary(rows: list[Row]) -> str:
+    """Rates of the recipes and of other trainers of the same models, in words."""
+    rates = {row["case"]: row["tokens_per_s"][0] for row in rows if "tokens_per_s" in row}
+    shares = {row["case"]: row["mfu"] for row in rows if row.get("mfu")}
+    lines = [f"- `{name}`: {rates[name]:,.0f} tokens/s, MFU {shares[name]:.1%}" for name in RECIPES if name in shares]
+    peers = [
+        f"- {peer}, the same model and micro-batch: {rates[case]:,.0f} tokens/s; `{name}` is {rates[name] / rates[case]:.2f} times as"
+        " fast"
+        for case, name, peer in PEERS if case in rates and name in rates
+    ]  # fmt: skip
+    return "\n".join([*lines, *peers]) + f"\n\n{AIMS}." if lines else ""
 
 
 def checks(rows: list[Row]) -> str:
@@ -49,7 +69,7 @@ def steps(rows: list[Row]) -> str:
     lines = [
         [row["case"], row["way"], f"{row['micro_batch_size']} x {row['accumulation']}", median_and_range(row["tokens_per_s"]),
          f"{row['mfu']:.1%}" if row["mfu"] else "", f"{row['share_of_matmul']:.0%}" if row["share_of_matmul"] else "",
-         f"{row['first_step_s']:.0f}", f"{row['peak_memory_bytes'] / 2**30:.1f}"]
+         f"{row['first_step_s']:.0f}", f"{row['peak_memory_bytes'] / 2**30:.1f}" if row["peak_memory_bytes"] else ""]
         for row in rows if "tokens_per_s" in row
     ]  # fmt: skip
     header = ["case", "way", "micro-batch x accumulation", "tokens/s", "MFU", "of the matmul rate", "first step, s", "GiB"]
@@ -68,7 +88,7 @@ def operations(rows: list[Row]) -> str:
 
 def trace(rows: list[Row]) -> str:
     """Kernels of traced steps by time."""
-    kernels = [row for row in rows if "kernel" in row]
+    kernels = [row for row in rows if "ms_per_step" in row]
     idle = [row["idle_share"] for row in rows if row.get("idle_share") is not None]
     lines = [[f"`{row['kernel'][:70]}`", f"{row['ms_per_step']:.2f}", f"{row['share']:.1%}"] for row in kernels]
     table = markdown(["kernel", "ms a step", "share"], lines) if lines else ""

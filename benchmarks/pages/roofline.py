@@ -38,7 +38,7 @@ COLORS = dict(
 
 PAGE = """# Roofline: where the time of a step goes on a GPU
 
-Made by `python benchmarks/pages/roofline.py` from the recipes' shapes; no GPU has run any of this. Every kernel is given the longer of its
+Made by `python benchmarks/pages/roofline.py` from the recipes' shapes; measured rates are in [performance](performance.md#on-a-gpu). Every kernel is given the longer of its
 arithmetic and its memory traffic, and every component at least the time of launching its kernels. Real steps are slower: see
 [what only a measurement can tell](#what-only-a-measurement-can-tell). Predicted numbers are upper bounds of speed, useful for
 their proportions.
