@@ -216,6 +216,7 @@ def test_a_crash_and_a_hang_cost_their_case_alone(tmp_path, monkeypatch):
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.new_process
 def test_what_the_time_does_not_reach_is_skipped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = WORKER.replace("limit_s=0.5", "limit_s=500").replace("os.abort()", "pass")
@@ -226,6 +227,7 @@ def test_what_the_time_does_not_reach_is_skipped(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.new_process
 @pytest.mark.parametrize(
     ("script", "said"), [("raise SystemExit('no CUDA')", "no CUDA"), ("", "the process ended without a plan of its cases")]
 )
@@ -265,7 +267,7 @@ def test_lines_say_what_came_out():
 
 def test_the_minutes_are_shared_and_what_is_left_goes_on():
     assert gpu.limits(["correct", "memory", "speed", "rate"], 0.0, 480.0) == {
-        "correct": 120.0, "memory": 180.0, "speed": 420.0, "rate": 480.0,
+        "correct": 200.0, "memory": 280.0, "speed": 440.0, "rate": 480.0,
     }  # fmt: skip
     assert gpu.limits(["memory", "rate"], 100.0, 200.0) == {"memory": 150.0, "rate": 200.0}
 
