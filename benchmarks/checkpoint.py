@@ -72,11 +72,11 @@ def measure(recipe: Any, folder: Path) -> dict[str, list[float]]:
         found["isoflop: the call that stages a checkpoint"].append(time.perf_counter() - started)
         if job.checkpoints._saver._in_flight.done():  # on a small model the step behind would find it written
             found["step beside a write"] += found["step"][-1:]
-        aside, started = folder / "accelerate", time.perf_counter()
-        job.accelerator.save_state(str(aside))
+        saved, started = folder / "accelerate", time.perf_counter()
+        job.accelerator.save_state(str(saved))
         os.sync()  # a checkpoint of isoflop is on the disk when it has its name
         found["accelerate: save_state"].append(time.perf_counter() - started)
-        shutil.rmtree(aside)
+        shutil.rmtree(saved)
 
     pretrain.train_step, pretrain.save_checkpoint = timed_step, timed_save
     with open(folder / "log", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):

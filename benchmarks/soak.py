@@ -3,7 +3,7 @@
 One run of a tiny model with everything on (a checkpoint every other step, validation, samples, lm-eval's tasks, pushes to a
 stand-in of the Hub over HTTP, a tracker that posts to a service) is disturbed at random moments: SIGTERM and the same command
 again, SIGSTOP for some seconds, a full disk and room again, a dead tracker, a dead Hub. Meanwhile memory, open files, threads and
-child processes are sampled. Beside it the same recipe is trained undisturbed, without saves, pushes and trackers; the ends are
+child processes are sampled. Beside it the same recipe is trained uninterrupted, without saves, pushes and trackers; the ends are
 compared bit for bit.
 
 Writes benchmarks/results/soak.json, drawn by benchmarks/pages/reliability.py. Exit code 1 unless the verdict is ok. The number of
@@ -74,20 +74,20 @@ def soak(one: Disturbed, minutes: float, seed: int) -> dict[str, Any]:
     tree["training"]["max_steps"] = steps
     rare = max(20, steps // 200)
     tree["evaluation"] |= {"validate_every": rare, "sample_every": max(5, rare // 20), "tasks": {"quick": 5 * rare}}
-    run_dir, calm_dir = (one.disk or folder) / "runs/disturbed", folder / "runs/undisturbed"
+    run_dir, calm_dir = (one.disk or folder) / "runs/disturbed", folder / "runs/uninterrupted"
     disturbed = recipe_file(folder, "disturbed", tree, run_dir, everything(rare))
-    calm = recipe_file(folder, "undisturbed", tree, calm_dir, {"output": {"checkpoint_every": 10**7}})
+    calm = recipe_file(folder, "uninterrupted", tree, calm_dir, {"output": {"checkpoint_every": 10**7}})
     faults = plan(random.Random(seed), steps, minutes, [kind for kind in FAULTS if one.disk or kind != "full disk"])
     planned = growth.counted([fault._asdict() for fault in faults])
     print(f"soak: {steps:,} steps, {len(faults)} faults", flush=True)
-    with training(calm) as undisturbed:  # beside it, on the other core
+    with training(calm) as uninterrupted:  # beside it, on the other core
         try:
             one.run(disturbed, run_dir, faults, LONGEST_SAMPLE_S * min(1.0, minutes / 10))
         finally:
             if one.process:
                 one.process.kill()
-        print(f"soak: the disturbed run ended after {one.seconds / 60:.1f} min; waiting for the undisturbed one", flush=True)
-        assert undisturbed.wait() == 0, (folder / "undisturbed.txt").read_text(encoding="utf-8")
+        print(f"soak: the disturbed run ended after {one.seconds / 60:.1f} min; waiting for the uninterrupted one", flush=True)
+        assert uninterrupted.wait() == 0, (folder / "uninterrupted.txt").read_text(encoding="utf-8")
     result = summary(one, steps, minutes, planned, compare(run_dir, calm_dir))
     wrong = growth.verdict(result)
     return {"verdict": "; ".join(wrong) or "ok"} | result
@@ -169,7 +169,7 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def compare(run_dir: Path, calm: Path) -> list[str]:
-    """What differs at the end between the disturbed run and the undisturbed one."""
+    """What differs at the end between the disturbed run and the uninterrupted one."""
     checks: dict[str, Callable[[Path], Any]] = {
         "rows of the metrics": lambda folder: [
             {key: value for key, value in row.items() if key not in TIMED} for row in rows_of(folder)

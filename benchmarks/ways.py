@@ -154,7 +154,7 @@ def isoflop(case: Case, turns: Turns) -> None:
 
 
 def bare(case: Case, turns: Turns) -> None:
-    """isoflop's model and loss in the plain loop: what its own loop is held against."""
+    """isoflop's model and loss in the plain loop: what its own loop is compared with."""
     model = training_model(case)
     plain_loop(case, turns, model, model)
 

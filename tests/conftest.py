@@ -169,7 +169,7 @@ def train(tree, folder):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(toy_tree, tmp_path_factory):
+def uninterrupted(toy_tree, tmp_path_factory):
     """The toy recipe run once to its end, for each family: what every interrupted run is compared with."""
     from isoflop.config.recipe import Recipe
 
@@ -177,7 +177,7 @@ def undisturbed(toy_tree, tmp_path_factory):
         for family, model in TOY_MODELS.items():
             train({**toy_tree, "model": model}, folder / family)
 
-    folder, recipes = shared(tmp_path_factory, "undisturbed", make), {}
+    folder, recipes = shared(tmp_path_factory, "uninterrupted", make), {}
     for family, model in TOY_MODELS.items():
         tree = {**toy_tree, "model": model, "output": {**toy_tree["output"], "run_dir": str(folder / family)}}
         recipes[family] = Recipe.model_validate(tree)
@@ -245,7 +245,7 @@ def ranks(tmp_path_factory):
 def tried(record_property):
     """Record that a fault was really caused, so many times, and what showed that nothing was lost, for docs/reliability.md."""
 
-    def note(fault, times=1, proof="losses, gradient norms and weights bit for bit those of an undisturbed run"):
+    def note(fault, times=1, proof="losses, gradient norms and weights bit for bit those of an uninterrupted run"):
         for name, value in (("fault", fault), ("times", times), ("proof", proof)):
             record_property(name, value)
 

@@ -87,7 +87,7 @@ def quickstart(context: Context, emit: Emit) -> None:
 
 
 def resume(context: Context, emit: Emit) -> None:
-    """A run killed by SIGKILL and resumed against an undisturbed one, with deterministic settings and without, all at once."""
+    """A run killed by SIGKILL and resumed against an uninterrupted one, with deterministic settings and without, all at once."""
     folder = Path(tempfile.mkdtemp(prefix="resume-", dir=context.work))
     device = ON_CPU | {"OMP_NUM_THREADS": "1"} if context.rehearse else {"ACCELERATE_MIXED_PRECISION": "bf16"}
     script = ["-m", "gpu_parts.deterministic"]
@@ -98,7 +98,7 @@ def resume(context: Context, emit: Emit) -> None:
     sizes = [f"output.checkpoint_every={EVERY}"]
     runs = {}
     for name, (flags, variables) in settings.items():
-        for way, more in {"undisturbed": [], "killed": ["--kill-at", str(KILL_AT)]}.items():
+        for way, more in {"uninterrupted": [], "killed": ["--kill-at", str(KILL_AT)]}.items():
             run = folder / f"{name.replace(' ', '-')}-{way}"
             runs[name, way] = (run, start(context, [*script, *flags, *more], run, variables, *sizes))
     for (_, way), (run, process) in runs.items():
@@ -109,15 +109,15 @@ def resume(context: Context, emit: Emit) -> None:
     }
     for name, process in resumed.items():
         finish(process, runs[name, "killed"][0])
-        compare_runs(emit, name, runs[name, "undisturbed"][0], runs[name, "killed"][0])
+        compare_runs(emit, name, runs[name, "uninterrupted"][0], runs[name, "killed"][0])
 
 
-def compare_runs(emit: Emit, name: str, undisturbed: Path, killed: Path) -> None:
+def compare_runs(emit: Emit, name: str, uninterrupted: Path, killed: Path) -> None:
     """Losses of every step and final weights of two runs, bit for bit."""
-    said = killed.with_suffix(".out").read_text(encoding="utf-8")
-    found = re.search(r"resuming from \S*step-(\d+)", said)
-    losses = [[row["loss"] for row in metrics_of(str(run))] for run in (undisturbed, killed)]
-    weights = [load_file(run / "model/model.safetensors") for run in (undisturbed, killed)]
+    printed = killed.with_suffix(".out").read_text(encoding="utf-8")
+    found = re.search(r"resuming from \S*step-(\d+)", printed)
+    losses = [[row["loss"] for row in metrics_of(str(run))] for run in (uninterrupted, killed)]
+    weights = [load_file(run / "model/model.safetensors") for run in (uninterrupted, killed)]
     apart = {
         "steps with another loss": sum(a != b for a, b in zip(*losses, strict=True)),
         "weights that differ": sum(int((weights[0][key] != weights[1][key]).sum()) for key in weights[0]),
@@ -129,7 +129,7 @@ def compare_runs(emit: Emit, name: str, undisturbed: Path, killed: Path) -> None
     }  # fmt: skip
     for metric, count in apart.items():
         if name == "deterministic":
-            reason = "a resumed run is the undisturbed one, bit for bit; the smallest count that fails is 1"
+            reason = "a resumed run is the uninterrupted one, bit for bit; the smallest count that fails is 1"
             emit(way=name, metric=metric, difference=count, tolerance=0.5, passed=count == 0, reason=reason, **facts)
         else:
             emit(way=name, figure=count, unit=metric, **facts)
@@ -144,10 +144,10 @@ def nondeterministic(run: Path) -> list[str]:
 def dry_run(context: Context, emit: Emit, name: str) -> None:
     """`pretrain --dry-run` of a recipe at its micro-batch, over local text: the loss of one real step of an untrained model."""
     recipe = sized(context, name)
-    said = io.StringIO()
-    with environment(ACCELERATE_MIXED_PRECISION="bf16"), quick_setup(context.device), contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    with environment(ACCELERATE_MIXED_PRECISION="bf16"), quick_setup(context.device), contextlib.redirect_stdout(printed):
         code = pretrain_command(recipe, dry_run=True)
-    text = said.getvalue()
+    text = printed.getvalue()
     print(text)
     found = re.search(r"one step: loss ([\d.]+).*, ([\d.]+) s, peak memory ([\d,]+) bytes", text)
     if code or found is None:

@@ -76,8 +76,8 @@ class Worth(NamedTuple):
     p: float
 
     @property
-    def told(self) -> bool:
-        """Whether it is told apart from what other seeds do."""
+    def distinct(self) -> bool:
+        """Whether it is beyond what other seeds do."""
         return self.p < 1 - LEVEL
 
 
@@ -193,7 +193,7 @@ def draw(results: list[Result], worths: dict[str, Worth], file: Path) -> None:
     baseline, *changed = results
     for place, result in enumerate(reversed(changed)):
         worth = worths[result.name]
-        color = "#999999" if not worth.told else "#2e8b57" if worth.difference < 0 else "#d1495b"
+        color = "#999999" if not worth.distinct else "#2e8b57" if worth.difference < 0 else "#d1495b"
         axes.plot([worth.low, worth.high], [place, place], color=color, linewidth=3, solid_capstyle="butt")
         axes.plot(worth.difference, place, "o", color=color, markersize=8)
         seeds = [loss - own for loss, own in zip(result.losses, baseline.losses, strict=True)]
@@ -211,7 +211,7 @@ def page(results: list[Result], worths: dict[str, Worth]) -> str:
     run = baseline.runs[0]
     size, windows = run.parameters / 1e6, run.recipe.evaluation.max_windows
     extra, half = more_than_the_sum(results)
-    apart = "told apart from none" if abs(extra) > half else "not told apart from none"
+    apart = "beyond seed noise" if abs(extra) > half else "within seed noise"
     resolution = statistics.median((worth.high - worth.low) / 2 for worth in worths.values())
     losses = markdown(
         ["change", "loss (nats per token)", "between seeds", "difference", "95% interval", "p"],
@@ -237,10 +237,10 @@ p-values are Dunnett's, against the baseline, with the one spread of all changes
 {LEVEL:.0%} of repetitions.
 
 **Told apart from other seeds:**
-{_listed(worths, told=True)}.
+{_listed(worths, distinct=True)}.
 
-**Not told apart:**
-{_listed(worths, told=False)}.
+**Within seed noise:**
+{_listed(worths, distinct=False)}.
 With {SEEDS} seeds, differences under some {resolution:.3f} nats cannot be seen at this size.
 
 All three together are worth {extra:+.4f} ± {half:.4f} nats beyond the sum of each alone, which is {apart}.
@@ -274,7 +274,7 @@ def _loss_row(result: Result, worths: dict[str, Worth]) -> list[str]:
     row = [f"`{result.name}`", f"{mean:.4f}", f"{between:.4f}"]
     if (worth := worths.get(result.name)) is None:
         return [*row, "-", "-", "-"]
-    mark = "**" if worth.told else ""
+    mark = "**" if worth.distinct else ""
     p = "< 0.001" if worth.p < 0.001 else f"{worth.p:.3f}"
     return [*row, f"{mark}{worth.difference:+.4f}{mark}", f"{worth.low:+.4f} to {worth.high:+.4f}", p]
 
@@ -290,8 +290,8 @@ def _cost_row(result: Result, baseline: Result) -> list[str]:
     ]  # fmt: skip
 
 
-def _listed(worths: dict[str, Worth], told: bool) -> str:
-    chosen = sorted((worth.difference, name) for name, worth in worths.items() if worth.told == told)
+def _listed(worths: dict[str, Worth], distinct: bool) -> str:
+    chosen = sorted((worth.difference, name) for name, worth in worths.items() if worth.distinct == distinct)
     return ", ".join(f"`{name}` ({difference:+.3f})" for difference, name in chosen) or "none"
 
 

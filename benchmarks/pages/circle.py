@@ -77,7 +77,7 @@ def page(
     fit, (low, high) = report["parametric"], summary["predicted_loss_interval"]
     error, measured = summary["prediction_error"], summary["val_loss"]
     kept = (abs(error) < NEAR) + summary["inside_interval"]
-    told = {0: "Neither was kept", 1: "One of the two was kept", 2: "Both were kept"}[kept]
+    verdict = {0: "Neither was kept", 1: "One of the two was kept", 2: "Both were kept"}[kept]
     coefficients = markdown(
         ["coefficient", "value", "90% interval"],
         [[name, f"{fit[name]:.5g}", _span(fit["intervals"][name], ".4g")] for name in ("E", "A", "alpha", "B", "beta")],
@@ -89,20 +89,20 @@ def page(
         for row in ahead
     ]  # fmt: skip
     inside = sum(row["forecast_low"] <= measured <= row["forecast_high"] for row in ahead)
-    promise = markdown(
+    prediction = markdown(
         ["", "loss (nats per token)"],
         [["predicted before training", f"{summary['predicted_loss']:.4f}"], ["90% interval of a run", f"{low:.4f} to {high:.4f}"],
          ["measured", f"{measured:.4f}"], ["error", f"{error:+.2%}"]],
     )  # fmt: skip
-    return f"""# The circle: a law's promise, and what came of it
+    return f"""# The circle: a law's prediction, and what came of it
 
 Made by `python benchmarks/pages/circle.py`, on two CPU cores, on real text: Python's own sources and those of the packages installed beside
 it. A sweep of {len(runs)} runs is trained and fitted; its law says what a run at {TIMES} times the largest budget will come to;
-then that run is trained. The promise to keep: an error under {NEAR:.0%}, and a measured loss inside the 90% interval.
+then that run is trained. To be kept: an error under {NEAR:.0%}, and a measured loss inside the 90% interval.
 
-{promise}
+{prediction}
 
-**{told}.** The run: {summary["parameters"]:,} parameters, {summary["tokens"]:,} tokens, {summary["flops"]:.3g} FLOPs; the
+**{verdict}.** The run: {summary["parameters"]:,} parameters, {summary["tokens"]:,} tokens, {summary["flops"]:.3g} FLOPs; the
 sweep's largest: {report["points"]["flops"][1]:.3g}.
 
 ![the run under its law](circle_run.png)
@@ -110,7 +110,7 @@ sweep's largest: {report["points"]["flops"][1]:.3g}.
 ## From mid-run on, a forecast
 
 By how far the sweep's own runs, under the same schedule, still fell from the same share of their tokens, as a power of N and D.
-It needs no law of the loss, and narrows as the run goes on; `metrics.jsonl` and the curve have it. Its interval is that of runs
+It needs no law of the loss, and narrows during the run; `metrics.jsonl` and the curve have it. Its interval is that of runs
 like the sweep's: {inside} of {len(forecasts)} held the measured loss of this one, five times beyond them.
 
 {markdown(["share of the tokens", "validation loss", "forecast of the last", "90% interval", "error"], forecasts)}

@@ -38,7 +38,7 @@ Array = NDArray[np.float64]
 HOFFMANN = np.array([1.8172, 482.01, 0.3478, 2085.43, 0.3658])  # as Besiroglu et al. 2024 refitted it
 COURSE = np.array([2.69, 1606.4, 0.34, 3210.7, 0.36])  # Stanford CS336, spring 2024, assignment 3
 NAMES = ("E", "A", "alpha", "B", "beta", "exponent of N", "exponent of D", "N", "D", "loss")
-ROUNDS = 9  # of each timing; the median is told
+ROUNDS = 9  # of each timing; the median is reported
 
 
 def main() -> None:

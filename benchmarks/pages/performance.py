@@ -78,7 +78,7 @@ while the logits are there, and written over them. Of what is left at vocabulary
 
 ## A checkpoint
 
-{megabytes} MB of weights and moments. `isoflop` copies them aside, and writes, syncs and hashes them in the background; the
+{megabytes} MB of weights and moments. `isoflop` copies them to host memory, and writes, syncs and hashes them in the background; the
 first save also makes the room for the copy. Steps lost counts the wait, and how much slower the steps beside the write were.
 
 {checkpoints}

@@ -124,7 +124,7 @@ def soak_section(file: Path) -> str:
         ("launches, by exit code", f"{len(result['launches'])}: {codes}"),
         ("checkpoints seen on the disk; tagged on the Hub", f"{result['checkpoints_seen']:,}; {result['checkpoints_pushed']}"),
         ("faults", f"{sum(result['faults'].values())}: {faults}"),
-        ("differences from an undisturbed run: rows, samples, weights, files left over", str(len(result["differences"]))),
+        ("differences from an uninterrupted run: rows, samples, weights, files left over", str(len(result["differences"]))),
         (f"resident memory, over {sum(one['minutes'] for one in judged):.0f} min of {len(judged)} launches", memory),
         ("most growth of a launch: open files, threads, child processes", ", ".join(f"{n:+}" for n in constant.values())),
     ]

@@ -36,7 +36,7 @@ COLORS = dict(
     zip(roofline.COMPONENTS, ("#1f4e8c", "#7aa6d6", "#d1495b", "#d1a14b", "#2e8b57", "#8a8a8a", "#6b4c9a"), strict=True)
 )
 
-PAGE = """# Roofline: where the time of a step goes on a GPU
+PAGE = """# Roofline: where a step's time goes on a GPU
 
 Made by `python benchmarks/pages/roofline.py` from the recipes' shapes; measured rates are in [performance](performance.md#on-a-gpu). Every kernel is given the longer of its
 arithmetic and its memory traffic, and every component at least the time of launching its kernels. Real steps are slower: see

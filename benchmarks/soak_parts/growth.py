@@ -78,7 +78,7 @@ def pooled(growth: list[dict[str, Any]], key: str) -> float | None:
 
 def verdict(result: dict[str, Any]) -> list[str]:
     """What is not as it should be; nothing of a good run."""
-    wrong = [f"differs from the undisturbed run: {name}" for name in result["differences"]]
+    wrong = [f"differs from the uninterrupted run: {name}" for name in result["differences"]]
     wrong += [f"exit code {code}, {count} x" for code, count in result["exit_codes"].items() if int(code) not in EXPECTED_CODES]
     wrong += [f"{kind}: {result['faults'].get(kind, 0)} of {count}" for kind, count in result["faults_planned"].items()
               if result["faults"].get(kind, 0) != count]  # fmt: skip
@@ -113,7 +113,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['steps']:,} steps in {result['lasted_s'] / 60:.1f} min and {len(result['launches'])} launches (exit codes"
         f" {codes}); checkpoints seen: {result['checkpoints_seen']:,}, pushed: {result['checkpoints_pushed']};"
         f" posts of the tracker: {result['tracker_posts']:,}\nfaults: {faults}\n"
-        f"differences from the undisturbed run: {len(result['differences'])}\n\n"
+        f"differences from the uninterrupted run: {len(result['differences'])}\n\n"
         "launch  minutes    steps   RSS MB   RSS MB/h   USS MB/h  files  threads  children\n"
         f"{growth}\nRSS of all launches that are long enough:"
         f" {'none is' if slope is None else f'{slope:+} MB an hour (flat: up to {MB_PER_HOUR:g})'}"

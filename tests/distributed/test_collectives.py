@@ -53,7 +53,7 @@ def test_an_engine_that_did_not_come_up_is_refused(variable, engine, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("asked", "came_up", "said"),
+    ("asked", "came_up", "printed"),
     [
         (None, "MEGATRON_LM", "one process or DDP, but accelerate came up as MEGATRON_LM"),
         ("ACCELERATE_USE_FSDP", "MULTI_CPU", "FSDP, but accelerate came up as MULTI_CPU"),
@@ -61,12 +61,12 @@ def test_an_engine_that_did_not_come_up_is_refused(variable, engine, monkeypatch
         (None, "FSDP", "one process or DDP, but accelerate came up as FSDP"),
     ],
 )
-def test_an_engine_that_is_not_the_one_asked_for_is_refused(asked, came_up, said, monkeypatch):
+def test_an_engine_that_is_not_the_one_asked_for_is_refused(asked, came_up, printed, monkeypatch):
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType(came_up)
     if asked:
         monkeypatch.setenv(asked, "true")
-    with pytest.raises(UserError, match=f"the launch asked for {said} on cpu"):
+    with pytest.raises(UserError, match=f"the launch asked for {printed} on cpu"):
         check_launch(accelerator)
 
 
@@ -162,6 +162,6 @@ del job
 accelerator.end_training()
 """)
     toy_recipe()
-    said = ranks.run("2cpu_ddp", script=script)
-    assert "rank 0: one bucket" in said
-    assert "rank 1: one bucket" in said
+    printed = ranks.run("2cpu_ddp", script=script)
+    assert "rank 0: one bucket" in printed
+    assert "rank 1: one bucket" in printed

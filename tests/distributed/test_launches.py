@@ -35,9 +35,9 @@ def test_a_config_comes_up_as_what_it_says(config, family, write_recipe, ranks):
     """In bf16, as the file says: the first loss is that of fp32 to four digits, not rounded to bf16's three."""
     processes = int(config[0])
     file = write_recipe(family=family, training__micro_batch_size=1)
-    said = ranks.run(config, file, "--dry-run", fp32=False)
-    assert f"launch: {processes} process(es) ({ENGINE[config.split('_')[1]]}) on cpu, bf16 matrix products" in said
-    first = float(re.search(r"one step: loss ([\d.]+)", said)[1])
+    printed = ranks.run(config, file, "--dry-run", fp32=False)
+    assert f"launch: {processes} process(es) ({ENGINE[config.split('_')[1]]}) on cpu, bf16 matrix products" in printed
+    first = float(re.search(r"one step: loss ([\d.]+)", printed)[1])
     assert first == pytest.approx(math.log(320), rel=0.02)
     assert first * 64 != round(first * 64)  # bf16 has steps of 1/32 here
 
@@ -91,11 +91,11 @@ def test_the_documented_command(config, toy_tree, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("config", "fp32", "family"), TRAINED)
-def test_every_engine_trains_as_one_process(config, fp32, family, undisturbed, write_recipe, ranks):
+def test_every_engine_trains_as_one_process(config, fp32, family, uninterrupted, write_recipe, ranks):
     """fp32: to 1e-5 over ten steps. bf16 computes otherwise than autocast, weights too being rounded: to 1%."""
     file = write_recipe(family=family)
     ranks.run(config, file, fp32=fp32)
-    ours, theirs = metrics_of(load_recipe(file)), metrics_of(undisturbed[family])
+    ours, theirs = metrics_of(load_recipe(file)), metrics_of(uninterrupted[family])
     for row, other in zip(ours, theirs, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5 if fp32 else 1e-2)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3 if fp32 else 5e-2)
@@ -124,45 +124,45 @@ def test_engines_agree_in_bf16_from_the_second_step_on(write_recipe, ranks):
         pytest.param("2gpu_zero1", "optimizer.moments_dtype=bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_memory_choices_under_every_engine(config, override, undisturbed, write_recipe, ranks):
+def test_memory_choices_under_every_engine(config, override, uninterrupted, write_recipe, ranks):
     file = write_recipe()
     ranks.run(config, file, override)
-    ours, theirs = metrics_of(load_recipe(file, [override])), metrics_of(undisturbed["llama"])
+    ours, theirs = metrics_of(load_recipe(file, [override])), metrics_of(uninterrupted["llama"])
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], abs=1e-6)
     assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], rel=2e-3)
 
 
 @pytest.mark.distributed
-def test_layer_norms_of_shards_are_those_of_the_whole(undisturbed, write_recipe, ranks):
+def test_layer_norms_of_shards_are_those_of_the_whole(uninterrupted, write_recipe, ranks):
     file = write_recipe()
     ranks.run("2gpu_fsdp2", file, "output.layer_norms=true")
     row = metrics_of(load_recipe(file))[0]
     total = math.sqrt(sum(norm**2 for norm in row["grad_norms"].values()))
     assert total == pytest.approx(row["grad_norm"], rel=1e-3)
-    assert row["loss"] == pytest.approx(metrics_of(undisturbed["llama"])[0]["loss"], abs=1e-6)
+    assert row["loss"] == pytest.approx(metrics_of(uninterrupted["llama"])[0]["loss"], abs=1e-6)
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["2gpu_ddp", "2gpu_fsdp2", "2gpu_zero1"])
-def test_compiled_layers_under_every_engine(config, undisturbed, write_recipe, ranks):
+def test_compiled_layers_under_every_engine(config, uninterrupted, write_recipe, ranks):
     file = write_recipe()
     ranks.start(config, file, "training.compile=true").succeed(timeout=500)
     assert metrics_of(load_recipe(file))[-1]["val_loss"] == pytest.approx(
-        metrics_of(undisturbed["llama"])[-1]["val_loss"], rel=1e-4
+        metrics_of(uninterrupted["llama"])[-1]["val_loss"], rel=1e-4
     )
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("config", ["2gpu_ddp", "2gpu_fsdp2", "2gpu_zero1"])
-def test_samples_evaluation_alone_and_a_finished_run(config, undisturbed, write_recipe, ranks):
+def test_samples_evaluation_alone_and_a_finished_run(config, uninterrupted, write_recipe, ranks):
     """The texts are those of one process, once each."""
     file = write_recipe()
     ranks.run(config, file, "evaluation.sample_every=4")
     folder = Path(load_recipe(file).output.run_dir)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in samples] == [4, 8, 10]
-    alone = Path(undisturbed["llama"].output.run_dir) / "samples.jsonl"
+    alone = Path(uninterrupted["llama"].output.run_dir) / "samples.jsonl"
     assert samples[-1] == json.loads(alone.read_text().splitlines()[-1])
     assert samples[-1]["samples"][0].startswith("The")
     loss = float(re.search(r"step 10: validation loss ([\d.]+)", ranks.run(config, file, "--eval-only"))[1])
@@ -170,19 +170,19 @@ def test_samples_evaluation_alone_and_a_finished_run(config, undisturbed, write_
     assert "is finished" in ranks.run(config, file)
 
 
-def test_deepspeed_is_needed_by_its_own_configs_alone(undisturbed, write_recipe, ranks):
+def test_deepspeed_is_needed_by_its_own_configs_alone(uninterrupted, write_recipe, ranks):
     hidden = "import sys, importlib.util as util\nsys.modules['deepspeed'] = None\nfind = util.find_spec\n"
     hidden += "util.find_spec = lambda name, *rest: None if name == 'deepspeed' else find(name, *rest)\n"
     file = write_recipe()
     ranks.run("cpu", file, code=hidden)
-    assert weights_of(load_recipe(file)) == weights_of(undisturbed["llama"])
+    assert weights_of(load_recipe(file)) == weights_of(uninterrupted["llama"])
     launched = ranks.start("2gpu_zero1", write_recipe("zero"), code=hidden)
     assert launched.wait() == [2, 2]
     assert "DeepSpeed, which is not installed; run: pip install 'deepspeed>=0.19.8,<0.20'" in launched.text()
 
 
 def test_a_launcher_that_starts_again_does_not_go_back_again(write_recipe, ranks):
-    """`--resume-from 5` under a launcher with restarts: the second time it goes on from the newest."""
+    """`--resume-from 5` under a launcher with restarts: the second time it resumes from the newest."""
     file = write_recipe()
     ranks.run("cpu", file)
     folder = Path(load_recipe(file).output.run_dir)

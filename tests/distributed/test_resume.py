@@ -35,7 +35,7 @@ pretrain_command(load_recipe(sys.argv[1]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "hybrid"])
-def test_ten_steps_are_five_a_kill_and_five_more_bit_for_bit(family, undisturbed, write_recipe, run_in_process):
+def test_ten_steps_are_five_a_kill_and_five_more_bit_for_bit(family, uninterrupted, write_recipe, run_in_process):
     file = write_recipe(family=family)
     recipe = load_recipe(file)
     killed = subprocess.run([sys.executable, "-c", DIE_IN_STEP_8, file], cwd=ROOT, capture_output=True, check=False, timeout=120)
@@ -43,8 +43,8 @@ def test_ten_steps_are_five_a_kill_and_five_more_bit_for_bit(family, undisturbed
     assert [row["step"] for row in metrics_of(recipe)] == [1, 2, 3, 4, 5, 6, 7]
     assert [p.name for p in checkpoint.list_checkpoints(Path(recipe.output.run_dir) / "checkpoints")] == ["step-5"]
     assert run_in_process(recipe) == 0
-    assert curve_of(recipe) == curve_of(undisturbed[family])
-    assert weights_of(recipe) == weights_of(undisturbed[family])
+    assert curve_of(recipe) == curve_of(uninterrupted[family])
+    assert weights_of(recipe) == weights_of(uninterrupted[family])
 
 
 def test_dropout_resumes_bit_for_bit_too(write_recipe, run_in_process, monkeypatch):
@@ -106,24 +106,24 @@ def interrupt_at(monkeypatch, phase, step, number=signal.SIGTERM):
     ],
 )  # fmt: skip
 def test_a_signal_at_any_phase_saves_and_the_same_command_goes_on(
-    phase, step, number, saved, undisturbed, toy_recipe, run_in_process, monkeypatch, capsys
+    phase, step, number, saved, uninterrupted, toy_recipe, run_in_process, monkeypatch, capsys
 ):
     recipe = toy_recipe()
     interrupt_at(monkeypatch, phase, step, number)
     assert run_in_process(recipe) == EXIT_RESUME
     newest = checkpoint.newest_intact(Path(recipe.output.run_dir) / "checkpoints")
     assert (newest and checkpoint.step_of(newest)) == saved
-    said = f"saved; the same command resumes from step-{saved}" if saved else "no step was finished; start again"
-    assert f"{number.name}: {said}" in capsys.readouterr().out
+    printed = f"saved; the same command resumes from step-{saved}" if saved else "no step was finished; start again"
+    assert f"{number.name}: {printed}" in capsys.readouterr().out
     monkeypatch.undo()
     assert run_in_process(recipe) == 0
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
-    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+    assert curve_of(recipe) == curve_of(uninterrupted["llama"])
+    assert weights_of(recipe) == weights_of(uninterrupted["llama"])
 
 
 @pytest.mark.parametrize(("step", "number"), [(5, signal.SIGTERM), (5, signal.SIGUSR1), (10, signal.SIGTERM)])
-def test_a_signal_while_saving_loses_nothing(step, number, undisturbed, toy_recipe, run_in_process, monkeypatch):
-    """Training goes on while a checkpoint is written, so the step that is saved at last may be a later one."""
+def test_a_signal_while_saving_loses_nothing(step, number, uninterrupted, toy_recipe, run_in_process, monkeypatch):
+    """Training continues while a checkpoint is written, so the step that is saved at last may be a later one."""
     recipe = toy_recipe()
     interrupt_at(monkeypatch, "saving", step, number)
     left = run_in_process(recipe)
@@ -132,8 +132,8 @@ def test_a_signal_while_saving_loses_nothing(step, number, undisturbed, toy_reci
     assert left == EXIT_RESUME or checkpoint.step_of(newest) == 10
     monkeypatch.undo()
     assert run_in_process(recipe) == 0
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
-    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+    assert curve_of(recipe) == curve_of(uninterrupted["llama"])
+    assert weights_of(recipe) == weights_of(uninterrupted["llama"])
 
 
 def test_a_signal_before_training_leaves_nothing_to_resume(toy_recipe, run_in_process, monkeypatch):
@@ -188,7 +188,7 @@ def test_a_launcher_that_is_told_to_stop_takes_its_run_with_it_saved(config, wri
     assert not list((folder / "checkpoints").glob(".*"))
 
 
-def test_a_chosen_checkpoint_and_one_that_is_not_there(undisturbed, toy_recipe, run_in_process, capsys):
+def test_a_chosen_checkpoint_and_one_that_is_not_there(uninterrupted, toy_recipe, run_in_process, capsys):
     recipe = toy_recipe(output__keep_last=9)
     with pytest.raises(UserError, match="has no intact checkpoint; to start from step 0 leave out --resume"):
         run_in_process(recipe, resume="newest")
@@ -199,10 +199,10 @@ def test_a_chosen_checkpoint_and_one_that_is_not_there(undisturbed, toy_recipe, 
     capsys.readouterr()
     assert run_in_process(recipe, resume="5") == 0
     assert "resuming from" in capsys.readouterr().out
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
+    assert curve_of(recipe) == curve_of(uninterrupted["llama"])
 
 
-def test_going_back_and_being_stopped_again_loses_no_row(undisturbed, toy_recipe, run_in_process, monkeypatch):
+def test_going_back_and_being_stopped_again_loses_no_row(uninterrupted, toy_recipe, run_in_process, monkeypatch):
     recipe = toy_recipe(output__keep_last=1, output__keep_every=5)
     assert run_in_process(recipe) == 0
     folder = Path(recipe.output.run_dir)
@@ -212,10 +212,10 @@ def test_going_back_and_being_stopped_again_loses_no_row(undisturbed, toy_recipe
     monkeypatch.undo()
     assert [path.name for path in checkpoint.list_checkpoints(folder / "checkpoints")] == ["step-5", "step-7"]
     assert run_in_process(recipe) == 0
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
+    assert curve_of(recipe) == curve_of(uninterrupted["llama"])
 
 
-def test_a_broken_newest_is_gone_after_falling_back(undisturbed, toy_recipe, run_in_process, monkeypatch):
+def test_a_broken_newest_is_gone_after_falling_back(uninterrupted, toy_recipe, run_in_process, monkeypatch):
     recipe = toy_recipe(output__keep_last=1, output__keep_every=5)
     assert run_in_process(recipe) == 0
     folder = Path(recipe.output.run_dir)
@@ -226,11 +226,11 @@ def test_a_broken_newest_is_gone_after_falling_back(undisturbed, toy_recipe, run
     monkeypatch.undo()
     assert checkpoint.newest_intact(folder / "checkpoints").name == "step-7"
     assert run_in_process(recipe) == 0
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
+    assert curve_of(recipe) == curve_of(uninterrupted["llama"])
 
 
-def test_eval_only_measures_the_checkpoint_and_writes_nothing(undisturbed, run_in_process, capsys):
-    recipe = undisturbed["llama"]
+def test_eval_only_measures_the_checkpoint_and_writes_nothing(uninterrupted, run_in_process, capsys):
+    recipe = uninterrupted["llama"]
     before = {file: file.stat().st_mtime_ns for file in Path(recipe.output.run_dir).rglob("*")}
     assert run_in_process(recipe, eval_only=True) == 0
     loss = float(re.search(r"step 10: validation loss ([\d.]+)", capsys.readouterr().out)[1])

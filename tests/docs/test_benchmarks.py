@@ -229,13 +229,13 @@ def test_what_the_time_does_not_reach_is_skipped(tmp_path, monkeypatch):
 
 @pytest.mark.new_process
 @pytest.mark.parametrize(
-    ("script", "said"), [("raise SystemExit('no CUDA')", "no CUDA"), ("", "the process ended without a plan of its cases")]
+    ("script", "printed"), [("raise SystemExit('no CUDA')", "no CUDA"), ("", "the process ended without a plan of its cases")]
 )
-def test_a_worker_that_does_not_start_is_a_row_too(script, said, tmp_path, monkeypatch):
+def test_a_worker_that_does_not_start_is_a_row_too(script, printed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good, rows = run_worker(tmp_path, script)
     assert (good, [row["case"] for row in rows]) == (False, ["start"])
-    assert said in rows[0]["error"]
+    assert printed in rows[0]["error"]
 
 
 def test_rows_of_an_earlier_run_are_replaced_case_by_case(tmp_path):

@@ -76,7 +76,7 @@ def test_the_figure_is_drawn(tmp_path):
     ],
 )
 def test_the_original_search_gives_what_it_published(constraint, layers, width, parameters, tokens, loss, spent):
-    found = reproductions.founding_search(constraint)
+    found = reproductions.reported_search(constraint)
     assert (found.layers, found.width, found.parameters) == (layers, width, parameters)
     assert found.tokens == pytest.approx(tokens, abs=1e6)
     assert found.loss == pytest.approx(loss, abs=5e-4)
@@ -156,20 +156,20 @@ def test_the_laptops_ablation_tells_differences_from_seeds(tmp_path):
         for name in ablation.CHANGES
     ]
     worths = ablation.worth_of(results)
-    assert [name for name, each in worths.items() if each.told] == ["rope", "all_three"]
+    assert [name for name, each in worths.items() if each.reported] == ["rope", "all_three"]
     assert worths["rope"].difference == pytest.approx(-0.1)
     assert worths["rope"].low < -0.1 < worths["rope"].high < 0
     assert ablation.spread_of(results) == pytest.approx(0.01)
     loud = [each._replace(losses=[2.5, 3.0, 3.5]) if each.name == "learning_rate" else each for each in results]
     assert ablation.unsteady(loud) == ["learning_rate"]
-    assert ablation.worth_of(loud)["rope"].told  # what one change makes unsteady hides no other
-    assert not ablation.worth_of(loud)["learning_rate"].told
+    assert ablation.worth_of(loud)["rope"].reported  # what one change makes unsteady hides no other
+    assert not ablation.worth_of(loud)["learning_rate"].reported
     extra, half = ablation.more_than_the_sum(results)
     assert extra == pytest.approx(-0.05)
     assert half == pytest.approx(2.0739 * 0.01 * (8 / 3) ** 0.5, rel=1e-4)  # Student's t of 22 degrees of freedom
     page = ablation.page(results, worths)
     assert "**Told apart from other seeds:**\n`all_three` (-0.150), `rope` (-0.100)." in page
-    assert "-0.0500 ± 0.0339 nats beyond the sum of each alone, which is told apart from none." in page
+    assert "-0.0500 ± 0.0339 nats beyond the sum of each alone, which is reported apart from none." in page
     ablation.draw(results, worths, tmp_path / "ablation.png")
     assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -49,7 +49,7 @@ def test_a_run_that_stays_as_it_is_passes():
 
 
 @pytest.mark.parametrize(
-    ("grown", "said"),
+    ("grown", "printed"),
     [
         ({"mb_per_hour": 30}, "memory grows by 30.0 MB an hour"),
         ({"open_files": 10}, "launch 0: +3 open_files"),
@@ -57,8 +57,8 @@ def test_a_run_that_stays_as_it_is_passes():
         ({"children": 10}, "launch 0: +3 children"),
     ],
 )
-def test_what_grows_is_named(grown, said):
-    assert growth.verdict(result(list(samples(**grown)))) == [said]
+def test_what_grows_is_named(grown, printed):
+    assert growth.verdict(result(list(samples(**grown)))) == [printed]
 
 
 def test_saves_that_are_in_flight_more_often_are_no_leak():
@@ -69,16 +69,16 @@ def test_saves_that_are_in_flight_more_often_are_no_leak():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "printed"),
     [
-        ({"differences": ["weights"]}, "differs from the undisturbed run: weights"),
+        ({"differences": ["weights"]}, "differs from the uninterrupted run: weights"),
         ({"exit_codes": {"0": 1, "1": 2}}, "exit code 1, 2 x"),
         ({"exit_codes": {"-9": 1}}, "exit code -9, 1 x"),
         ({"faults": PLANNED | {"dead Hub": 0}}, "dead Hub: 0 of 1"),
     ],
 )
-def test_what_went_wrong_is_named(changes, said):
-    assert growth.verdict(result(list(samples()), **changes)) == [said]
+def test_what_went_wrong_is_named(changes, printed):
+    assert growth.verdict(result(list(samples()), **changes)) == [printed]
 
 
 def test_memory_of_the_warm_up_and_of_the_end_does_not_count():
@@ -123,7 +123,7 @@ def test_the_results_in_the_repository_are_those_of_their_samples():
 
 @pytest.mark.slow
 def test_a_short_soak(tmp_path):
-    """Every kind of fault at least once, to a real run; its end is that of an undisturbed one."""
+    """Every kind of fault at least once, to a real run; its end is that of an uninterrupted one."""
     done = run_command(
         sys.executable, "benchmarks/soak.py", "--minutes", "0.2", "--out", tmp_path / "soak.json", check=False, timeout=900
     )

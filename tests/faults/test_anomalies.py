@@ -1,4 +1,4 @@
-"""Losses that are not a number, and spikes: what the recipe's policy says is done, once said and counted."""
+"""Losses that are not a number, and spikes: what the recipe's policy says is done, reported once and counted."""
 
 import json
 import signal
@@ -45,8 +45,8 @@ def skipped_step(folder, tmp_path):
 @pytest.mark.parametrize("config", ["cpu", pytest.param("2gpu_fsdp2", marks=pytest.mark.distributed)])
 def test_nan_is_skipped_where_the_recipe_says_so(config, write_recipe, ranks, tmp_path, tried):
     file = write_recipe(output__checkpoint_every=1, output__keep_last=20)
-    said = ranks.run(config, file, "anomalies.policy=skip", code=NAN_IN_STEP_8)
-    assert said.count("step 8: loss nan: its update is skipped (1 of at most 10)") == 1
+    printed = ranks.run(config, file, "anomalies.policy=skip", code=NAN_IN_STEP_8)
+    assert printed.count("step 8: loss nan: its update is skipped (1 of at most 10)") == 1
     rows = metrics_of(load_recipe(file))
     assert [row["step"] for row in rows] == list(range(1, 11))
     assert [row.get("anomaly") for row in rows] == [None] * 7 + ["loss nan"] + [None] * 2
@@ -55,15 +55,15 @@ def test_nan_is_skipped_where_the_recipe_says_so(config, write_recipe, ranks, tm
     before, after = skipped_step(Path(load_recipe(file).output.run_dir), tmp_path)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert rows[-1]["val_loss"] < rows[4]["val_loss"]
-    tried(f"a loss that is not a number, policy skip (`{config}`)", proof="one update left out, said once, counted")
+    tried(f"a loss that is not a number, policy skip (`{config}`)", proof="one update left out, reported once, counted")
 
 
 @pytest.mark.parametrize("config", ["cpu", pytest.param("2gpu_zero1", marks=pytest.mark.distributed)])
 def test_a_rollback_goes_on_past_the_batch(config, write_recipe, ranks, tried):
     file, expected = write_recipe(), write_recipe("expected")
-    said = ranks.run(config, file, "anomalies.policy=rollback", code=NAN_IN_STEP_8)
-    assert said.count("step 8: loss nan: return to the newest checkpoint, and skip the batches since (1 of at most 10)") == 1
-    assert "resuming from" in said
+    printed = ranks.run(config, file, "anomalies.policy=rollback", code=NAN_IN_STEP_8)
+    assert printed.count("step 8: loss nan: return to the newest checkpoint, and skip the batches since (1 of at most 10)") == 1
+    assert "resuming from" in printed
     ranks.run(config, expected, code=PASSED_OVER)
     assert curve_of(load_recipe(file)) == curve_of(load_recipe(expected))
     assert weights_of(load_recipe(file)) == weights_of(load_recipe(expected))
@@ -71,7 +71,7 @@ def test_a_rollback_goes_on_past_the_batch(config, write_recipe, ranks, tried):
     assert (state["passed_over"], state["anomalies"]) == (3, 1)
     tried(
         f"a loss that is not a number, policy rollback (`{config}`)",
-        proof="bit for bit the run that never saw those batches; said once, counted",
+        proof="bit for bit the run that never saw those batches; reported once, counted",
     )
 
 
@@ -105,14 +105,14 @@ def test_a_run_that_stopped_goes_on_under_another_policy(write_recipe, ranks, tr
 def test_a_spike_counts_where_the_recipe_gives_a_bound(policy, write_recipe, ranks, tried):
     file = write_recipe(training__max_steps=90, evaluation__validate_every=90, output__checkpoint_every=30)
     code = BAD_BATCH.format(batch=75, factor="3")
-    said = ranks.run("cpu", file, f"anomalies.policy={policy}", "anomalies.spike_sigmas=6", code=code)
-    assert said.count("step 76: loss ") == 1
-    assert "is over 6 standard deviations" in said
+    printed = ranks.run("cpu", file, f"anomalies.policy={policy}", "anomalies.spike_sigmas=6", code=code)
+    assert printed.count("step 76: loss ") == 1
+    assert "is over 6 standard deviations" in printed
     assert metrics_of(load_recipe(file))[-1]["anomalies"] == 1
     losses = [row["loss"] for row in metrics_of(load_recipe(file))]
     assert len(losses) == 90
     assert (max(losses[70:]) > 10) == (policy == "skip")  # a rolled-back step leaves no row
-    tried(f"a loss spike, policy {policy}", proof="the update left out or undone, said once, counted")
+    tried(f"a loss spike, policy {policy}", proof="the update left out or undone, reported once, counted")
 
 
 def test_more_than_the_limit_stop_the_run(write_recipe, ranks):

@@ -1,4 +1,4 @@
-"""Damaged files: the checksum names the one, and what is whole is used."""
+"""Damaged files: the checksum names the one, and what is intact is used."""
 
 import shutil
 from pathlib import Path
@@ -35,23 +35,23 @@ CASES = [*COVERING.items()] + [
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("name", "damage"), CASES)
-def test_a_damaged_shard_of_the_newest_checkpoint(name, damage, undisturbed_two, ranks, tmp_path, tried):
-    origin = undisturbed_two
+def test_a_damaged_shard_of_the_newest_checkpoint(name, damage, uninterrupted_two, ranks, tmp_path, tried):
+    origin = uninterrupted_two
     recipe = load_recipe(origin / "run.yaml", [f"output.run_dir={tmp_path}/run"])
     folder = shutil.copytree(origin / "run", tmp_path / "run")
     (folder / "summary.json").unlink()
     DAMAGES[damage](folder / "checkpoints/step-10" / name)
-    said = ranks.run("2gpu_fsdp2", origin / "run.yaml", f"output.run_dir={tmp_path}/run")
-    assert f"step-10 is broken ({name} {SAYS[damage]}): using an older one" in said
-    assert "resuming from" in said
-    assert "step-5" in said
+    printed = ranks.run("2gpu_fsdp2", origin / "run.yaml", f"output.run_dir={tmp_path}/run")
+    assert f"step-10 is broken ({name} {SAYS[damage]}): using an older one" in printed
+    assert "resuming from" in printed
+    assert "step-5" in printed
     assert curve_of(recipe) == curve_of(load_recipe(origin / "run.yaml"))
     assert weights_of(recipe) == weights_of(load_recipe(origin / "run.yaml"))
     tried(f"a {damage} file in the newest checkpoint")
 
 
 @pytest.fixture(scope="module")
-def undisturbed_two(toy_tree, ranks, tmp_path_factory):
+def uninterrupted_two(toy_tree, ranks, tmp_path_factory):
     """A run of two FSDP2 ranks: two shard files a checkpoint."""
     import json
 
@@ -76,9 +76,9 @@ def test_a_damaged_shard_of_the_prepared_data_is_named_and_refused(damage, toy_t
     tried(f"a {damage} shard of the prepared data", proof="refused before any work, the shard named")
 
 
-def test_the_command_of_a_user(undisturbed, tmp_path, tried):
+def test_the_command_of_a_user(uninterrupted, tmp_path, tried):
     """The same through the command, by its own launcher."""
-    origin = Path(undisturbed["llama"].output.run_dir)
+    origin = Path(uninterrupted["llama"].output.run_dir)
     folder = shutil.copytree(origin, tmp_path / "run")
     (folder / "summary.json").unlink()
     flip_a_bit(folder / "checkpoints/step-10/__0_0.distcp")

@@ -67,7 +67,7 @@ def test_a_disk_that_fills_up_while_training(config, small_disk, write_recipe, r
 
 
 def test_a_disk_that_has_room_again_by_the_next_save(small_disk, write_recipe, ranks, tried):
-    """A save that finds no room is reported at once and tried again at the next step that is due; training goes on."""
+    """A save that finds no room is reported at once and tried again at the next step that is due; training continues."""
     disk = small_disk(4_000_000)
     file = write_recipe()
     other, run = disk / "other", f"output.run_dir={disk}/run"
@@ -81,10 +81,10 @@ def emptying(job, progress):
 pretrain.train_step = emptying
 """
     longer = [run, "training.max_steps=15"]
-    said = ranks.run("cpu", file, *longer, code=code)
-    assert "checkpoint of step 10 was not saved: output.run_dir: no space left" in said
+    printed = ranks.run("cpu", file, *longer, code=code)
+    assert "checkpoint of step 10 was not saved: output.run_dir: no space left" in printed
     assert [path.name for path in checkpoints.list_checkpoints(disk / "run/checkpoints")] == ["step-5", "step-15"]
-    tried("a full disk in one save, with room again at the next", proof="training went on, the next checkpoint is whole")
+    tried("a full disk in one save, with room again at the next", proof="training went on, the next checkpoint is complete")
 
 
 def test_a_full_disk_while_preparing(small_disk, write_recipe, tried):
@@ -105,7 +105,7 @@ def test_a_full_disk_while_preparing(small_disk, write_recipe, tried):
 
 
 @pytest.mark.parametrize("until", [8, 99], ids=["for two steps", "to the end"])
-def test_metrics_that_find_no_room(until, write_recipe, ranks, undisturbed, tried):
+def test_metrics_that_find_no_room(until, write_recipe, ranks, uninterrupted, tried):
     """The kernel's own full device in place of the file's. Rows wait in memory; at the end there has to be room."""
     recipe = load_recipe(file := write_recipe())
     code = f"""
@@ -118,19 +118,21 @@ def short_of_room(self):
 records.StepFile._write_waiting = short_of_room
 """
     launched = ranks.start("cpu", file, code=code)
-    code, told = launched.wait(), launched.text()
-    assert told.count("metrics.jsonl: No space left on device; training continues, its lines are kept in memory meanwhile") == 1
-    assert "Traceback" not in told
+    code, reported = launched.wait(), launched.text()
+    assert (
+        reported.count("metrics.jsonl: No space left on device; training continues, its lines are kept in memory meanwhile") == 1
+    )
+    assert "Traceback" not in reported
     if until == 99:
         assert code == [2]
-        assert re.search(r"error: \S*metrics\.jsonl: No space left on device; 4 lines are not written: free some space", told)
-        told = ranks.run("cpu", file)
-        assert "rows are missing: steps 7 to 9" in told
+        assert re.search(r"error: \S*metrics\.jsonl: No space left on device; 4 lines are not written: free some space", reported)
+        reported = ranks.run("cpu", file)
+        assert "rows are missing: steps 7 to 9" in reported
         assert [row[0] for row in curve_of(recipe)] == [1, 2, 3, 4, 5, 6, 10]  # the last one is in the checkpoint
     else:
         assert code == [0]
-        assert curve_of(recipe) == curve_of(undisturbed["llama"])
-    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+        assert curve_of(recipe) == curve_of(uninterrupted["llama"])
+    assert weights_of(recipe) == weights_of(uninterrupted["llama"])
     tried("no room for rows of the metrics", proof="training went on; rows written when there was room, else missing by name")
 
 
@@ -151,4 +153,4 @@ pretrain.save_checkpoint = limited
     assert "no space left while saving step 10" in launched.text()
     assert checkpoints.newest_intact(Path(load_recipe(file).output.run_dir) / "checkpoints").name == "step-5"
     assert "resuming from" in ranks.run("cpu", file)
-    tried("a limit on file sizes in a save", proof="the checkpoint before is whole, the same command went on")
+    tried("a limit on file sizes in a save", proof="the checkpoint before is intact, the same command went on")

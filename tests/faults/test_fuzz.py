@@ -89,8 +89,8 @@ def fuzz(tmp_path, tried):
             reseal()
             done.append(len(content))
             with watched(tmp_path):
-                said = message_of(call)
-            assert said is None or 0 < len(said) < LONGEST_MESSAGE, f"{len(said):,} characters"
+                printed = message_of(call)
+            assert printed is None or 0 < len(printed) < LONGEST_MESSAGE, f"{len(printed):,} characters"
 
         assert (message_of(call) is None) == is_read  # what is imported late is here from now on
         with memory_below(MOST_BYTES):
@@ -156,9 +156,9 @@ def test_shards(fuzz, data):
 
 
 @pytest.fixture
-def run(undisturbed, toy_tree, tmp_path):
+def run(uninterrupted, toy_tree, tmp_path):
     """A copy of a finished run."""
-    return Path(shutil.copytree(undisturbed["llama"].output.run_dir, tmp_path / "runs/run"))
+    return Path(shutil.copytree(uninterrupted["llama"].output.run_dir, tmp_path / "runs/run"))
 
 
 def reseal_checkpoint(path):
@@ -288,13 +288,13 @@ def read_run(run, other, name):
         ("evaluations/quick/results.json", 250),
     ],
 )  # fmt: skip
-def test_run_folders(fuzz, run, undisturbed, name, examples):
+def test_run_folders(fuzz, run, uninterrupted, name, examples):
     (run / "evaluations/quick").mkdir(parents=True, exist_ok=True)
     (run / "evaluations/quick/results.json").write_text(json.dumps(RESULTS))
-    readers = read_run(run, undisturbed["gpt2"].output.run_dir, name)
+    readers = read_run(run, uninterrupted["gpt2"].output.run_dir, name)
 
     def call():
-        if refused := [said for said in map(message_of, readers) if said]:
+        if refused := [printed for printed in map(message_of, readers) if printed]:
             raise UserError("".join(refused))
 
     tree, dump = {

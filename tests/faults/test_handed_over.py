@@ -43,9 +43,9 @@ def data(toy_tree, tmp_path):
 
 
 @pytest.fixture
-def checkpoint(undisturbed, tmp_path):
+def checkpoint(uninterrupted, tmp_path):
     """A copy of a run's last checkpoint."""
-    return Path(shutil.copytree(f"{undisturbed['llama'].output.run_dir}/checkpoints/step-10", tmp_path / "run/step-10"))
+    return Path(shutil.copytree(f"{uninterrupted['llama'].output.run_dir}/checkpoints/step-10", tmp_path / "run/step-10"))
 
 
 def bounded(code, *arguments):
@@ -60,8 +60,8 @@ def bounded(code, *arguments):
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    *said, needed = done.stdout.splitlines()
-    return "\n".join(said), int(needed)
+    *printed, needed = done.stdout.splitlines()
+    return "\n".join(printed), int(needed)
 
 
 def refusal_of(recipe, folder):
@@ -85,11 +85,11 @@ def test_a_tokenizer_that_asks_for_code_is_refused(data, tmp_path, file, tried):
     (folder / "tokenizer/evil.py").write_text(f"open({str(mark)!r}, 'w')\n")
     config = folder / "tokenizer" / file
     config.write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}))
-    said = refusal_of(recipe, tmp_path)
+    printed = refusal_of(recipe, tmp_path)
     assert (
         f"error: {config}: auto_map = {{'AutoTokenizer': ['evil.Evil', None]}}: the tokenizer asks for code of its own, which is"
         " never run here; copy the prepared folder again, or prepare it again with a tokenizer that transformers has"
-    ) in said
+    ) in printed
     assert not mark.exists()
     tried(
         "a prepared folder whose tokenizer asks for code of its own",
@@ -143,11 +143,11 @@ def test_a_manifest_that_names_other_files_is_refused_in_one_line(data, name):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError) as error:
         read_manifest(str(folder))
-    said = str(error.value)
-    assert f"manifest.json is not a manifest: sources.text.splits.train.shards.0.name = {name!r}: " in said
-    assert said.endswith("; copy the folder again, or set another data.prepared_dir")
-    assert "\n" not in said
-    assert len(said) < 500
+    printed = str(error.value)
+    assert f"manifest.json is not a manifest: sources.text.splits.train.shards.0.name = {name!r}: " in printed
+    assert printed.endswith("; copy the folder again, or set another data.prepared_dir")
+    assert "\n" not in printed
+    assert len(printed) < 500
 
 
 def replace_by_link(file, elsewhere):
@@ -191,8 +191,8 @@ def test_a_link_that_the_checksums_do_not_name_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model/notes.txt", "samples.jsonl", "evaluations/x/results.json"])
-def test_links_out_of_a_run_are_not_published(undisturbed, tmp_path, name, tried):
-    run = Path(shutil.copytree(undisturbed["llama"].output.run_dir, tmp_path / "run"))
+def test_links_out_of_a_run_are_not_published(uninterrupted, tmp_path, name, tried):
+    run = Path(shutil.copytree(uninterrupted["llama"].output.run_dir, tmp_path / "run"))
     (tmp_path / "private").write_text("{}")
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).unlink(missing_ok=True)
@@ -207,12 +207,12 @@ def test_links_out_of_a_run_are_not_published(undisturbed, tmp_path, name, tried
 
 def test_a_checkpoint_of_other_tensors_is_refused(tmp_path):
     save({"model.a": torch.ones(3)}, checkpoint_id=tmp_path / "step-1")
-    for tensors, said in (
+    for tensors, printed in (
         ({"model.b": torch.zeros(3)}, "RuntimeError: 'Missing key in checkpoint state_dict: model.b.'"[:40]),
         ({"model.a": torch.zeros(4)}, "cannot be loaded: ValueError: "),
         ({"model.a": torch.zeros(3, dtype=torch.bfloat16)}, "model.a is torch.float32, and the run's is torch.bfloat16"),
     ):
-        with pytest.raises(UserError, match=re.escape(said)) as error:
+        with pytest.raises(UserError, match=re.escape(printed)) as error:
             read(tmp_path / "step-1", tensors)
         assert "; use another checkpoint, or the recipe that it was trained with" in str(error.value)
 
@@ -242,7 +242,7 @@ def test_tensors_that_unfold_in_memory_are_refused(tmp_path, what, tried):
     if what == "deflated":
         content = zip_of(file.read_bytes(), zipfile.ZIP_DEFLATED, size)  # 1 MB that stands for 1 GB
         assert len(content) < 2**21
-    else:  # the directory says that a record goes on far behind the file's end
+    else:  # the directory says that a record extends far behind the file's end
         content = bytearray(file.read_bytes())
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entry = next(entry for entry in archive.infolist() if "/data/" in entry.filename and "seria" not in entry.filename)
@@ -260,8 +260,8 @@ def test_tensors_that_unfold_in_memory_are_refused(tmp_path, what, tried):
         "import sys, torch\nfrom pathlib import Path\nfrom isoflop.checkpoint.state import read\n"
         "def call(): read(Path(sys.argv[1]), {'model.a': torch.zeros(8)})"
     )
-    said, needed = bounded(code, path)
-    assert "__0_0.distcp is compressed, or claims more bytes than it has" in said
+    printed, needed = bounded(code, path)
+    assert "__0_0.distcp is compressed, or claims more bytes than it has" in printed
     assert needed < 100 * 2**20
     tried("a compressed tensor, or one that claims more bytes than there are", proof="refused before memory is taken")
 
@@ -284,8 +284,8 @@ def test_a_table_of_contents_that_claims_much_takes_no_memory(tmp_path, tried):
         "        try: read(folder, {'model.a': torch.zeros(8)})\n"
         "        except UserError as error: print(error)"
     )
-    said, needed = bounded(code, tmp_path)
-    assert said.count("/.metadata: it is not metadata of a checkpoint (") == len(claims)
+    printed, needed = bounded(code, tmp_path)
+    assert printed.count("/.metadata: it is not metadata of a checkpoint (") == len(claims)
     assert needed < LITTLE
     tried("a checkpoint's table of contents that claims much memory", len(claims), "refused, little memory taken")
 
@@ -309,7 +309,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "printed"),
     [
         (LAUGHS, "it has more than 200,000 values"),
         ("&a [*a]", "an alias refers to a value that contains it"),
@@ -322,11 +322,11 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
     ids=["laughs", "itself", "itself in a mapping", "deep", "none", "deep in dashes", "NUL", "date"],
 )  # fmt: skip
-def test_yaml_that_unfolds_is_refused(text, said):
-    if said is None:
+def test_yaml_that_unfolds_is_refused(text, printed):
+    if printed is None:
         assert parse_yaml(text) == {"a": None}
         return
-    with pytest.raises(yaml.YAMLError, match=said):
+    with pytest.raises(yaml.YAMLError, match=printed):
         parse_yaml(text)
 
 
@@ -362,8 +362,8 @@ def test_bombs_take_little_memory(tmp_path, reader, tried):
         "        try:\n            read_file(folder / 'manifest.json')\n            print('read')\n"
         "        except UserError as error: print(error)"
     )
-    said, needed = bounded(code, tmp_path)
-    lines = said.splitlines()[:-1]
+    printed, needed = bounded(code, tmp_path)
+    lines = printed.splitlines()[:-1]
     assert len(lines) == len(BOMBS) + 1
     assert all(len(line) < 3_000 for line in lines)
     assert lines.count("read") == (2 if reader == "JSON object" else 0)  # two are objects
@@ -388,8 +388,8 @@ def test_a_line_without_end_is_refused(tmp_path, suffix, tried):
         "    for table in open_source(TableSource(kind='json', files=[sys.argv[1]]), 'data.source').tables:\n"
         "        for _ in read_documents(table, 0, Filter()): pass"
     )
-    said, needed = bounded(code, file)
-    assert said == (
+    printed, needed = bounded(code, file)
+    assert printed == (
         f"{file}: a line has more than 268,435,456 bytes, and a line is read at once; write one document a line, or leave out"
         " the file"
     )
@@ -410,8 +410,8 @@ def test_a_shard_of_compressed_ids_takes_no_memory(tmp_path, tried):
         "import sys\nfrom isoflop.data.manifest import Shard\nfrom isoflop.data.windows import Windows\n"
         "def call(): Windows(sys.argv[1], [Shard(name='x.arrow', bytes=0, sha256='', windows=2**9)], 2**20)"
     )
-    said, needed = bounded(code, tmp_path)
-    assert "holds no windows: its record batches are compressed" in said
+    printed, needed = bounded(code, tmp_path)
+    assert "holds no windows: its record batches are compressed" in printed
     assert needed < LITTLE
     tried("a shard of compressed ids", proof="refused, none unpacked")
 
@@ -429,11 +429,11 @@ def test_ids_that_the_tokenizer_does_not_have_end_a_run_by_name(data, tmp_path, 
     writer.cut()
     split["shards"] = [shard.model_dump() for shard in writer.shards]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    said = refusal_of(recipe, tmp_path)
+    printed = refusal_of(recipe, tmp_path)
     assert (
         f"error: data.prepared_dir = '{folder}': a window holds the id {num_ids}, and its tokenizer has {num_ids} ids; copy the"
         " folder again, or run isoflop prepare again"
-    ) in said
+    ) in printed
     tried("a prepared folder with ids that its tokenizer does not have", proof="refused by name at their batch")
 
 
@@ -441,14 +441,14 @@ def test_sealed_files_of_another_kind_are_refused(data):
     """A folder, a number, a list, half a pair of escapes: in place of a JSON object."""
     folder, _ = data
     config = folder / "tokenizer/tokenizer_config.json"
-    for content, said in (
+    for content, printed in (
         (b"[]", "holds a list where a JSON object belongs"),
         (b'{"a": "\\ud800"}', "is not JSON: 'utf-8' codec can't encode"),
         (b'{"a": "\xff"}', "byte 7 is not UTF-8 text"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
     ):
         config.write_bytes(content)
-        with pytest.raises(UserError, match=re.escape(said)):
+        with pytest.raises(UserError, match=re.escape(printed)):
             open_tokenizer(str(folder))
     config.unlink()
     config.mkdir()

@@ -45,7 +45,7 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed_end(ranks):
+def uninterrupted_end(ranks):
     """Curve and weights of a run of two ranks, by engine."""
     ends = {}
 
@@ -69,7 +69,7 @@ def undisturbed_end(ranks):
     ],
 )  # fmt: skip
 def test_one_rank_of_two_the_other_ends_by_itself_with_a_message(
-    config, rank, phase, write_recipe, ranks, undisturbed_end, tried
+    config, rank, phase, write_recipe, ranks, uninterrupted_end, tried
 ):
     """Without an agent that watches: within seconds, and not in a hang. The restart resumes."""
     file = write_recipe(**SIZES)
@@ -81,9 +81,9 @@ def test_one_rank_of_two_the_other_ends_by_itself_with_a_message(
     assert codes == ([-signal.SIGKILL, EXIT_RESUME] if rank == 0 else [EXIT_RESUME, -signal.SIGKILL]), launched.text()
     assert time.monotonic() - started < 60
     assert f"rank {1 - rank}: another process of this run is gone" in launched.text()
-    said = ranks.run(config, file)
-    assert ("resuming from" in said) == (phase != "warm-up")
-    assert (curve_of(load_recipe(file)), weights_of(load_recipe(file))) == undisturbed_end(config, write_recipe)
+    printed = ranks.run(config, file)
+    assert ("resuming from" in printed) == (phase != "warm-up")
+    assert (curve_of(load_recipe(file)), weights_of(load_recipe(file))) == uninterrupted_end(config, write_recipe)
     tried(f"`kill -9` of one rank of two ({phase}), the other ends by itself, `{config}`")
 
 

@@ -124,9 +124,9 @@ def test_a_launch_that_was_killed_at_once_is_a_run(tmp_path, toy_recipe):
     RunFolder(str(folder.path)).check_owner(toy_recipe())
 
 
-def test_what_others_put_into_a_run_stays(undisturbed, tmp_path, run_in_process, tried):
+def test_what_others_put_into_a_run_stays(uninterrupted, tmp_path, run_in_process, tried):
     """Notes beside a model that is exported again, in a checkpoint that is deleted, and a folder that looks like one."""
-    folder = Path(shutil.copytree(undisturbed["llama"].output.run_dir, tmp_path / "run"))
+    folder = Path(shutil.copytree(uninterrupted["llama"].output.run_dir, tmp_path / "run"))
     (folder / "summary.json").unlink()
     theirs = ["model/notes.txt", "model/q4/model.gguf", "checkpoints/step-10/notes.txt", "checkpoints/step-7/notes.txt", "lab.md"]
     for name in theirs:
@@ -144,11 +144,11 @@ def test_what_others_put_into_a_run_stays(undisturbed, tmp_path, run_in_process,
     )
 
 
-def test_a_checkpoint_behind_a_link_is_left(undisturbed, tmp_path):
+def test_a_checkpoint_behind_a_link_is_left(uninterrupted, tmp_path):
     """Moved to another disk by hand."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    elsewhere = shutil.copytree(Path(undisturbed["llama"].output.run_dir) / "checkpoints/step-5", tmp_path / "elsewhere")
+    elsewhere = shutil.copytree(Path(uninterrupted["llama"].output.run_dir) / "checkpoints/step-5", tmp_path / "elsewhere")
     (folder / "step-5").symlink_to(elsewhere)
     before = content_of(elsewhere)
     checkpoints.discard_after(folder, 0)
@@ -213,8 +213,8 @@ def table(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["comparison.json", "comparison.md", "comparison.png"])
-def test_compare_overwrites_only_its_own(name, undisturbed, tmp_path, tried):
-    runs = [undisturbed[family].output.run_dir for family in ("llama", "gpt2")]
+def test_compare_overwrites_only_its_own(name, uninterrupted, tmp_path, tried):
+    runs = [uninterrupted[family].output.run_dir for family in ("llama", "gpt2")]
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=f"--out .*{name} exists already, and was not written by this program"):
         compare_command(runs, str(tmp_path), as_json=False)
@@ -233,9 +233,9 @@ def test_pretrain_is_the_only_entry_and_checks_first(somebodys, toy_recipe):
 
 
 @pytest.mark.parametrize("name", ["results.json", "results.md"])
-def test_an_evaluation_overwrites_only_its_own(name, undisturbed, tmp_path, tried):
+def test_an_evaluation_overwrites_only_its_own(name, uninterrupted, tmp_path, tried):
     (tmp_path / name).write_text('{"mine": 1}')
-    run = undisturbed["llama"].output.run_dir
+    run = uninterrupted["llama"].output.run_dir
     with pytest.raises(UserError, match=rf"results in \S+: \S+{name} exists already, and was not written by this program"):
         evaluate(run, output=tmp_path, limit=2)
     assert (tmp_path / name).read_text() == '{"mine": 1}'

@@ -17,7 +17,7 @@ NAME = "alice/toy"
 
 
 def planted(place, prefix=""):
-    """A secret whose place can be told from it; one of no published shape where it has no prefix."""
+    """A secret that names its place; one of no published shape where it has no prefix."""
     return f"{prefix}Pl4nted{place}0123456789abcdefghij"
 
 
@@ -124,19 +124,19 @@ def trained(user, corpus, toy_tree, tmp_path_factory):
     tree["hub"] = {"repo_id": NAME}
     recipe = folder / "toy.yaml"
     recipe.write_text(yaml.safe_dump(tree))
-    _, said = user("python", "scripts/prepare.py", recipe)
+    _, printed = user("python", "scripts/prepare.py", recipe)
     typed = ("--aws_secret_access_key", planted("LaunchOption"), "--aws_access_key_id", "AKIAPL4NTEDPL4NTED00")
     launch = ("accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml", *typed)
     _, more = user(*launch, "scripts/pretrain.py", recipe, "--profile", "2", HF_HUB_OFFLINE="0")
-    return folder, folder / "run", said + more
+    return folder, folder / "run", printed + more
 
 
 def test_a_run_with_everything_on_holds_no_secret(trained, user, hub, home, tried):
-    folder, run, said = trained
+    folder, run, printed = trained
     kinds = ["environment.json", "recipe.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "push.log"]
     kinds += ["checkpoints/step-10/*", "profile/*.json.gz", "**/events.out.tfevents*", "evaluations/*/results.json"]
     for kind in [*kinds, "model/*.safetensors", "../data/manifest.json"]:
-        assert list(run.glob(kind)), (kind, said)
+        assert list(run.glob(kind)), (kind, printed)
     assert {"README.md", "model.safetensors", "training_environment.json"} <= set(hub.files(NAME))
     assert leaks(folder, home, user.temporary, hub.folder.name) == []
     heard = b"".join(hub.heard)
@@ -226,9 +226,9 @@ def test_what_is_typed_is_refused_and_not_repeated(script, user, write_recipe, t
     before = set(tmp_path.rglob("*"))
     for what, template in REFUSED.items():
         typed = template.format(planted("Typed"))
-        code, said = user("python", f"scripts/{script}.py", file, typed, check=False, ISOFLOP_REFUSED=str(refusal))
-        assert code == 2, (what, said)
-        assert "error: " in said, what
+        code, printed = user("python", f"scripts/{script}.py", file, typed, check=False, ISOFLOP_REFUSED=str(refusal))
+        assert code == 2, (what, printed)
+        assert "error: " in printed, what
         assert leaks(tmp_path) == [], what
     assert set(tmp_path.rglob("*")) - before <= {refusal}
     tried("a secret typed as an override, in a URL, as an option", len(REFUSED), "refused, and the refusal does not repeat it")
@@ -239,13 +239,13 @@ def test_a_recipe_and_a_sweep_with_a_secret_are_refused(user, write_recipe, tmp_
     recipe = yaml.safe_load(write_recipe().read_text())
     recipe["tokenizer"] = {"name": f"https://h/x?token={planted('Recipe')}"}
     (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    code, said = user("python", "scripts/pretrain.py", here / "recipe.yaml", check=False)
-    assert (code, "tokenizer.name holds a credential in a URL" in said) == (2, True), said
+    code, printed = user("python", "scripts/pretrain.py", here / "recipe.yaml", check=False)
+    assert (code, "tokenizer.name holds a credential in a URL" in printed) == (2, True), printed
     sweep = {"recipe": str(tmp_path / "toy.yaml"), "tokens_per_parameter": [1.0], "parameters": [2e4], "aspect_ratio": 32,
              "output_dir": str(tmp_path / "sweep"), "overrides": {"law": planted("Sweep", "hf_")}}  # fmt: skip
     (here / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    code, said = user("python", "scripts/sweep.py", here / "sweep.yaml", check=False)
-    assert (code, "overrides.law holds a Hugging Face token" in said) == (2, True), said
+    code, printed = user("python", "scripts/sweep.py", here / "sweep.yaml", check=False)
+    assert (code, "overrides.law holds a Hugging Face token" in printed) == (2, True), printed
     plan = ("--flops", "1e19", "--family", "gpt2", "--law", f"https://h/l?token={planted('Law')}", "--write", tmp_path / "p.yaml")
     assert user("python", "scripts/plan.py", *plan, check=False)[0] == 2
     assert leaks(tmp_path) == []
@@ -258,13 +258,13 @@ def test_a_traceback_and_a_launchers_word_hold_no_secret(user, write_recipe, tmp
         "import os\nfrom isoflop.utils.command import run_command\n"
         "def main():\n raise RuntimeError('no login with ' + os.environ['MY_PASSWORD'])\nrun_command(main)"
     )
-    status, said = user("python", "-c", code, check=False)
+    status, printed = user("python", "-c", code, check=False)
     assert status == 1
-    assert "RuntimeError: no login with ***" in said
+    assert "RuntimeError: no login with ***" in printed
     launch = ("accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml", "scripts/pretrain.py")
-    status, said = user(*launch, write_recipe(), f"seed=hf_{planted('Launched')}", check=False)
+    status, printed = user(*launch, write_recipe(), f"seed=hf_{planted('Launched')}", check=False)
     assert status != 0
-    assert "seed holds a Hugging Face token" in said
+    assert "seed holds a Hugging Face token" in printed
 
 
 def test_the_search_finds_what_is_there(tmp_path):

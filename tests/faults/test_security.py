@@ -28,9 +28,9 @@ class Evil:
 
 
 @pytest.fixture
-def stopped_run(undisturbed, tmp_path):
+def stopped_run(uninterrupted, tmp_path):
     """A copy of a run that is to be gone on with."""
-    folder = shutil.copytree(undisturbed["llama"].output.run_dir, tmp_path / "run")
+    folder = shutil.copytree(uninterrupted["llama"].output.run_dir, tmp_path / "run")
     (folder / "summary.json").unlink()
     return folder
 

@@ -40,7 +40,7 @@ PHASES = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed_pair(toy_tree, ranks, tmp_path_factory):
+def uninterrupted_pair(toy_tree, ranks, tmp_path_factory):
     """The toy run under two ranks of an engine, to its end, with two micro-batches a step."""
     runs = {}
 
@@ -75,7 +75,7 @@ CASES = COVERING + [pytest.param(*case, marks=pytest.mark.slow) for case in OTHE
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("config", "phase", "number", "signalled"), CASES)
-def test_two_ranks_agree_save_and_leave(config, phase, number, signalled, write_recipe, ranks, undisturbed_pair, tried):
+def test_two_ranks_agree_save_and_leave(config, phase, number, signalled, write_recipe, ranks, uninterrupted_pair, tried):
     module, name, call, least = PHASES[phase]
     if phase == "mid-accumulation" and config != "2gpu_ddp":
         call -= 2  # only DDP has buckets to settle
@@ -92,14 +92,14 @@ def test_two_ranks_agree_save_and_leave(config, phase, number, signalled, write_
         assert "saved; the same command resumes from step-" in launched.text()
     assert not list(folder.glob(".step-*"))
     ranks.run(config, file)
-    assert curve_of(load_recipe(file)) == curve_of(undisturbed_pair(config))
-    assert weights_of(load_recipe(file)) == weights_of(undisturbed_pair(config))
+    assert curve_of(load_recipe(file)) == curve_of(uninterrupted_pair(config))
+    assert weights_of(load_recipe(file)) == weights_of(uninterrupted_pair(config))
     tried(f"{number.name} to {'both ranks' if signalled == BOTH else 'one rank of two'} in {phase}")
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("config", ["2gpu_fsdp2", pytest.param("8gpu_hsdp", marks=pytest.mark.slow)])
-def test_a_save_right_after_an_evaluation_holds_every_tensor(config, write_recipe, ranks, undisturbed_pair, tried):
+def test_a_save_right_after_an_evaluation_holds_every_tensor(config, write_recipe, ranks, uninterrupted_pair, tried):
     """FSDP2 leaves embedding, last norm and head whole after a forward without gradients. No save came before it here."""
     file = write_recipe(training__micro_batch_size=2, output__checkpoint_every=100)
     code = SIGNALLED.format(module="isoflop.train.trainer", name="sum_gradients", call=6, ranks=["0"], number=int(signal.SIGTERM))
@@ -108,10 +108,10 @@ def test_a_save_right_after_an_evaluation_holds_every_tensor(config, write_recip
     assert set(ranks.start(config, file, code=code, **settings).wait()) == {EXIT_RESUME}
     assert checkpoints.newest_intact(Path(load_recipe(file).output.run_dir) / "checkpoints").name == "step-5"
     ranks.run(config, file, **settings)
-    whole = curve_of(undisturbed_pair("2gpu_fsdp2"))
+    whole = curve_of(uninterrupted_pair("2gpu_fsdp2"))
     assert [row[1] for row in curve_of(load_recipe(file))] == pytest.approx([row[1] for row in whole], abs=1e-5)
     if config == "2gpu_fsdp2":
-        assert weights_of(load_recipe(file)) == weights_of(undisturbed_pair(config))
+        assert weights_of(load_recipe(file)) == weights_of(uninterrupted_pair(config))
     tried("SIGTERM between an evaluation and the next step, FSDP2 and HSDP")
 
 

@@ -1,7 +1,7 @@
 """A storm: the whole job is killed at moments drawn over its whole life, with everything on, under every engine.
 
 Half of the moments are drawn in time, the other half at the entry of each part of the program, or a moment after it. The same
-command resumes every time from the newest complete checkpoint, and at the end nothing tells the run from an undisturbed one.
+command resumes every time from the newest complete checkpoint, and at the end nothing tells the run from an uninterrupted one.
 """
 
 import json
@@ -156,12 +156,12 @@ def storm(ranks, write_recipe, config, policy, kills, seed):
             for number in (signal.SIGSTOP, signal.SIGKILL):
                 for rank in range(len(launched.pids)):
                     launched.kill(rank, number)
-        codes, said = set(launched.wait()), launched.text()
-        assert codes <= {0, -signal.SIGKILL}, said
+        codes, printed = set(launched.wait()), launched.text()
+        assert codes <= {0, -signal.SIGKILL}, printed
         done += -signal.SIGKILL in codes
-        resumed = re.search(r"resuming from \S*/(step-\d+)", said.split("return to the newest checkpoint")[0])
-        # Killed before it said so, or just there.
-        assert (resumed and resumed[1]) in ((newest,) if codes == {0} else (newest, None)), said
+        resumed = re.search(r"resuming from \S*/(step-\d+)", printed.split("return to the newest checkpoint")[0])
+        # Killed before it printed that, or just there.
+        assert (resumed and resumed[1]) in ((newest,) if codes == {0} else (newest, None)), printed
         if (folder / "summary.json").exists():
             require_same(recipe, expected, retained)
             shutil.rmtree(folder)
@@ -175,7 +175,7 @@ def newest_intact(folder):
 
 
 def require_same(recipe, expected, retained):
-    """What is left is that of an undisturbed run."""
+    """What is left is that of an uninterrupted run."""
     found = end_of(recipe)
     assert [name for name in expected if found[name] != expected[name]] == []
     assert checkpoint_names(recipe) == retained
@@ -222,8 +222,8 @@ def killed(job, log, row):
 pretrain.evaluate_and_log = killed
 """
     assert set(ranks.start(config, file, code=dies, **settings).wait()) == {-signal.SIGKILL}
-    said = ranks.run(config, file, **settings)
-    assert "resuming from" in said
+    printed = ranks.run(config, file, **settings)
+    assert "resuming from" in printed
     recipe = load_recipe(file)
     samples = (Path(recipe.output.run_dir) / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == [4, 8, 10]

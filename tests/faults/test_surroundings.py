@@ -1,4 +1,4 @@
-"""What surrounds a run may fail: the clock, the trackers, a second process on the same folder. Training goes on."""
+"""What surrounds a run may fail: the clock, the trackers, a second process on the same folder. Training continues."""
 
 import os
 import re
@@ -33,7 +33,7 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to put a jumping clock under a process")
 @pytest.mark.parametrize("config", ["cpu", pytest.param("2cpu_ddp", marks=[pytest.mark.distributed, pytest.mark.slow])])
-def test_a_clock_that_jumps(config, write_recipe, undisturbed, tmp_path, tried):
+def test_a_clock_that_jumps(config, write_recipe, uninterrupted, tmp_path, tried):
     (tmp_path / "clock.c").write_text(JUMPING_CLOCK)
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "clock.so", tmp_path / "clock.c", "-ldl"], check=True)
     file = write_recipe(training__micro_batch_size=4)
@@ -47,7 +47,7 @@ def test_a_clock_that_jumps(config, write_recipe, undisturbed, tmp_path, tried):
     assert times[-1] - times[0] > 3e8
     subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=240, capture_output=True)
     rows = metrics_of(load_recipe(file))
-    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in metrics_of(undisturbed["llama"])], abs=1e-5)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in metrics_of(uninterrupted["llama"])], abs=1e-5)
     assert all(0 < row["tokens_per_s"] < 1e9 for row in rows)
     elapsed = [row["elapsed_s"] for row in rows]
     assert 0 < elapsed[0] < elapsed[-1] < 240
@@ -75,28 +75,30 @@ LOGGER_TYPE_TO_CLASS["tensorboard"] = Remote
 
 
 @pytest.mark.parametrize("method", ["start", "log", "finish"])
-def test_a_tracker_that_cannot_be_reached(method, write_recipe, ranks, undisturbed, tried):
+def test_a_tracker_that_cannot_be_reached(method, write_recipe, ranks, uninterrupted, tried):
     """A real connection to a port where nobody listens, at the tracker's start, at a step, at its end."""
     file = write_recipe()
     code = UNREACHABLE.format(method=method, port=free_port())
-    said = ranks.run("cpu", file, "output.trackers=[tensorboard]", code=code)
-    assert re.search(r"tracker tensorboard (does not start|failed|did not close) \(URLError: .*Connection refused", said)
-    assert said.count("tracker tensorboard") == 1
-    assert curve_of(load_recipe(file)) == curve_of(undisturbed["llama"])
-    assert weights_of(load_recipe(file)) == weights_of(undisturbed["llama"])
+    printed = ranks.run("cpu", file, "output.trackers=[tensorboard]", code=code)
+    assert re.search(r"tracker tensorboard (does not start|failed|did not close) \(URLError: .*Connection refused", printed)
+    assert printed.count("tracker tensorboard") == 1
+    assert curve_of(load_recipe(file)) == curve_of(uninterrupted["llama"])
+    assert weights_of(load_recipe(file)) == weights_of(uninterrupted["llama"])
     tried("a tracker that cannot be reached, at its start, at a step, at its end")
 
 
-def test_an_unwritable_tracker_folder(write_recipe, ranks, undisturbed, tried):
+def test_an_unwritable_tracker_folder(write_recipe, ranks, uninterrupted, tried):
     """A file where the tracker wants its folder: so it is for root too."""
     file = write_recipe()
     run_dir = Path(load_recipe(file).output.run_dir)
     run_dir.mkdir(parents=True)
     (run_dir / "lock").write_text("host here, pid 1\n")
     (run_dir / "isoflop").write_text("in the way")
-    said = ranks.run("cpu", file, "output.trackers=[tensorboard]")
-    assert said.count("tracker LoggerType.TENSORBOARD does not start") + said.count("tracker tensorboard does not start") == 1
-    assert curve_of(load_recipe(file)) == curve_of(undisturbed["llama"])
+    printed = ranks.run("cpu", file, "output.trackers=[tensorboard]")
+    assert (
+        printed.count("tracker LoggerType.TENSORBOARD does not start") + printed.count("tracker tensorboard does not start") == 1
+    )
+    assert curve_of(load_recipe(file)) == curve_of(uninterrupted["llama"])
     tried("a tracker's folder that cannot be written")
 
 

@@ -19,7 +19,7 @@ from isoflop.train.signals import EXIT_RESUME
 
 PYTHON = [sys.executable, "scripts/pretrain.py"]
 LONG = {"training__max_steps": 100_000, "evaluation__validate_every": 100_000, "output__checkpoint_every": 100_000}
-SAME = "the run ended well, bit for bit as an undisturbed one; one note in its folder"
+SAME = "the run ended well, bit for bit as an uninterrupted one; one note in its folder"
 
 
 def notes_of(recipe):
@@ -37,7 +37,7 @@ def wait_for_rows(file, size_bytes):
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
-def test_a_reader_that_leaves(both, write_recipe, undisturbed, tried):
+def test_a_reader_that_leaves(both, write_recipe, uninterrupted, tried):
     """`| head -n 1`: the pipe is closed after the first line."""
     recipe = load_recipe(file := write_recipe())
     with subprocess.Popen(
@@ -45,13 +45,13 @@ def test_a_reader_that_leaves(both, write_recipe, undisturbed, tried):
     ) as process:
         assert process.stdout.readline()
         process.stdout.close()
-        said = "" if both else process.stderr.read()
-        assert process.wait(timeout=240) == 0, said
-    assert "Traceback" not in said
+        printed = "" if both else process.stderr.read()
+        assert process.wait(timeout=240) == 0, printed
+    assert "Traceback" not in printed
     assert notes_of(recipe)[0] == "stdout cannot be written (Broken pipe); the run continues without it"
     assert len(notes_of(recipe)) <= 1 + both
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
-    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+    assert curve_of(recipe) == curve_of(uninterrupted["llama"])
+    assert weights_of(recipe) == weights_of(uninterrupted["llama"])
     tried("a closed pipe on standard output", proof=SAME)
 
 
@@ -69,15 +69,15 @@ def test_a_reader_that_leaves_a_launch_of_two_ranks(write_recipe, tried):
     tried("a closed pipe under `accelerate launch` of two ranks", proof="the launch ended well, every step once")
 
 
-def test_a_full_disk_under_the_log(write_recipe, undisturbed, tried):
+def test_a_full_disk_under_the_log(write_recipe, uninterrupted, tried):
     """The kernel's own full device as standard output and error."""
     recipe = load_recipe(file := write_recipe())
     with open("/dev/full", "w") as full:
         assert subprocess.run([*PYTHON, file], cwd=ROOT, stdout=full, stderr=full, timeout=240, check=False).returncode == 0
     assert notes_of(recipe)[0] == "stdout cannot be written (No space left on device); the run continues without it"
     assert len(notes_of(recipe)) <= 2
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
-    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+    assert curve_of(recipe) == curve_of(uninterrupted["llama"])
+    assert weights_of(recipe) == weights_of(uninterrupted["llama"])
     tried("a full disk under the log", proof=SAME)
 
 
@@ -98,12 +98,12 @@ def test_other_commands_end_well_without_a_reader(command, write_recipe, tmp_pat
     assert "BrokenPipe" not in done.stderr
 
 
-def test_what_an_encoding_lacks_is_escaped(write_recipe, undisturbed):
+def test_what_an_encoding_lacks_is_escaped(write_recipe, uninterrupted):
     """A Latin-1 terminal, and prompts beyond it."""
     recipe = load_recipe(file := write_recipe(evaluation__sample_prompts=["π →"], evaluation__sample_every=5))
     done = run_command(*PYTHON, file, env={"PYTHONIOENCODING": "latin-1"})
     assert done.stdout.count(r"step 5: sample: '\u03c0 \u2192") == 1
-    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+    assert weights_of(recipe) == weights_of(uninterrupted["llama"])
 
 
 @pytest.fixture
@@ -139,11 +139,11 @@ def test_a_hang_up_saves_as_sigterm_does(config, write_recipe, ranks, tried):
     tried(f"SIGHUP, `{config}`")
 
 
-def test_under_nohup_a_hang_up_changes_nothing(write_recipe, ranks, undisturbed):
+def test_under_nohup_a_hang_up_changes_nothing(write_recipe, ranks, uninterrupted):
     recipe = load_recipe(file := write_recipe())
     ignored = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     assert ranks.start("cpu", file, code=ignored + HANG_UP).wait() == [0]
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
+    assert curve_of(recipe) == curve_of(uninterrupted["llama"])
 
 
 @pytest.mark.usefixtures("not_under_nohup")

@@ -93,7 +93,7 @@ def test_the_allocators_peak_is_predicted(compiled, checkpointing, write_recipe,
 
 
 @pytest.mark.parametrize("compiled", [False, "auto"])
-def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(compiled, write_recipe):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(compiled, write_recipe):
     """Ten steps; then steps 6 to 10 again, from the checkpoint of step 5."""
     file = write_recipe(training__compile=compiled)
     recipe = load_recipe(file)
@@ -101,8 +101,8 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(compiled, write_recipe
     assert metrics_of(recipe)[0]["peak_memory_bytes"] > 0
     curve, weights = curve_of(recipe), weights_of(recipe)
     (Path(recipe.output.run_dir) / "summary.json").unlink()
-    said = run_command(sys.executable, "-c", DETERMINISTIC, file, "5", env=ENVIRONMENT).stdout
-    assert "step-5" in said
+    printed = run_command(sys.executable, "-c", DETERMINISTIC, file, "5", env=ENVIRONMENT).stdout
+    assert "step-5" in printed
     assert [row[0] for row in curve] == list(range(1, 11))
     assert curve_of(recipe) == curve
     assert weights_of(recipe) == weights

@@ -24,9 +24,9 @@ from isoflop.utils.errors import UserError
 
 
 @pytest.fixture
-def runs(undisturbed, tmp_path):
+def runs(uninterrupted, tmp_path):
     """Copies of the two finished toy runs."""
-    return [Path(shutil.copytree(undisturbed[name].output.run_dir, tmp_path / name)) for name in ("llama", "gpt2")]
+    return [Path(shutil.copytree(uninterrupted[name].output.run_dir, tmp_path / name)) for name in ("llama", "gpt2")]
 
 
 def rewrite(run, rows, **recipe):
@@ -206,8 +206,8 @@ def test_runs_that_do_not_compare_are_refused(runs, tmp_path):
 
 def test_the_command_draws_and_writes(runs, tmp_path):
     done = run_command("python", "scripts/compare.py", *runs, "--out", tmp_path / "out")
-    for said in ("llama (nats per token)", "ahead by", "28,832", "comparison.png"):
-        assert said in done.stdout, said
+    for printed in ("llama (nats per token)", "ahead by", "28,832", "comparison.png"):
+        assert printed in done.stdout, printed
     assert (tmp_path / "out/comparison.png").read_bytes()[:4] == b"\x89PNG"
     exact = run_command("python", "scripts/compare.py", runs[0], "--json", "--out", tmp_path / "alone").stdout
     assert json.loads(exact) == compare(runs[0]).to_dict()

@@ -49,12 +49,12 @@ HELLASWAG = {
     "split_type": "indomain", "label": "3",
 }  # fmt: skip
 STORY = {
-    "sentences": [f"Line {i} , she said ." for i in range(1, 20)] + ["He did n't know `` why '' -LRB- yet -RRB- ."],
-    "question": "`` Oh , '' said the XXXXX 's maid , `` it is late ; we must go . ''",
+    "sentences": [f"Line {i} , she printed ." for i in range(1, 20)] + ["He did n't know `` why '' -LRB- yet -RRB- ."],
+    "question": "`` Oh , '' printed the XXXXX 's maid , `` it is late ; we must go . ''",
     "answer": "queen",
     "options": ["king", "queen", "dog", "cat", "mouse", "bird", "house", "tree", "ring", "boat"],
 }
-READ = " ".join(f"Line {i}, she said." for i in range(1, 20)) + ' He didn\'t know "why" (yet). "Oh," said the'
+READ = " ".join(f"Line {i}, she printed." for i in range(1, 20)) + ' He didn\'t know "why" (yet). "Oh," printed the'
 PAGE = " \n = Robert Boulter = \n \n Robert Boulter is an actor , born @-@ in 2000 's London . \n"
 UNKNOWN = PAGE.replace("Boulter", "<unk>")
 ARC = {"id": "1", "question": "Which is hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "B"}
@@ -63,7 +63,7 @@ PIQA = {"goal": "Boil", "sol1": "heat", "sol2": "cool", "label": 0}
 WINOGRANDE = {"sentence": "Ann saw Bea, so _ waved.", "option1": "Ann", "option2": "Bea", "answer": "1"}
 WRONG = {"distractor1": "a", "distractor2": "b", "distractor3": "c"}
 SENTENCES = [{"sentence": f" no it was n't black monday number {i} "} for i in range(250)]
-HEADLINE = {"text": 'He said : " It is n\'t over , " ( again ) .'}
+HEADLINE = {"text": 'He printed : " It is n\'t over , " ( again ) .'}
 TEXT8 = "anarchism originated as a term " * 8000
 # One byte over 5,000,000 behind the first letters, and that one is half of an é.
 ENWIK8 = "<mediawiki>é" + "<page/>\n" * 624_999 + "</media"
@@ -92,7 +92,7 @@ DATASETS = {
         None: ([HEADLINE] * 10_500, {split: f"plain_text/{split}/0000.parquet" for split in ("train", "test")})
     },
     ("LTCB/enwik8", CONVERTED): {None: ([{"text": ENWIK8}], {"train": "enwik8-raw/train/0000.parquet"})},
-    ("EleutherAI/lambada_openai", "main"): {"default": ([{"text": "You know, said Tom to Jim"}] * 3, split_files("test"))},
+    ("EleutherAI/lambada_openai", "main"): {"default": ([{"text": "You know, printed Tom to Jim"}] * 3, split_files("test"))},
     ("allenai/ai2_arc", "main"): {name: ([ARC] * 3, split_files(*ALL, folder=name)) for name in ("ARC-Easy", "ARC-Challenge")},
     ("baber/piqa", "main"): {"default": ([PIQA] * 3, split_files("train", "validation"))},
     ("allenai/winogrande", "main"): {"winogrande_xl": ([WINOGRANDE] * 3, split_files(*ALL, folder="winogrande_xl"))},
@@ -172,7 +172,7 @@ LOADED_BY_LM_EVAL = "Rowan|allenai|aps|baber|EleutherAI/lambada_openai|EleutherA
 TEXTS = {
     "wikitext_103": ("\n= Robert <unk> =\n\nRobert <unk> is an actor, born-in 2000's London.\n", 3),
     "ptb": ("".join(f"no it wasn't black monday number {i}\n" for i in range(100)), 3),
-    "lm1b": ('He said: "It isn\'t over," (again).\n', 10_000),
+    "lm1b": ('He printed: "It isn\'t over," (again).\n', 10_000),
     "enwik8": ("<page/>\n" * 12_500, 50),
     "text8": (TEXT8[:100_000], 3),
 }
@@ -231,7 +231,7 @@ def test_what_was_fetched_is_found_without_a_network(asked, served):
 
 
 def test_lm_evals_own_tasks_run_in_the_suites(asked):
-    assert asked["lambada_openai"]["requests"] == [["You know, said Tom to", " Jim"]]
+    assert asked["lambada_openai"]["requests"] == [["You know, printed Tom to", " Jim"]]
     assert set(asked["lambada_openai"]["scores"]) >= {"acc", "perplexity"}
     assert asked["wikitext"]["requests"] == [[TEXTS["wikitext_103"][0].replace("<unk>", "Boulter")]]
     assert asked["hellaswag"]["requests"][1][1] == " is ripping tiles off. Look."

@@ -174,9 +174,9 @@ def test_a_line_without_a_column_is_named(tmp_path):
     ("tokenized", "text"),
     [
         ("do n't -LRB- yet -RRB- .", "don't (yet)."),
-        ("`` Kind , '' said he ; `` and nice . ''", '"Kind," said he; "and nice."'),
-        ('He said : " It is over , " ( Sept. 1 ) for $ 5 million .', 'He said: "It is over," (Sept. 1) for $5 million.'),
-        ("the boys ' toys are Bob 's , ` he said ' .", "the boys' toys are Bob's, 'he said'."),
+        ("`` Kind , '' printed he ; `` and nice . ''", '"Kind," printed he; "and nice."'),
+        ('He printed : " It is over , " ( Sept. 1 ) for $ 5 million .', 'He printed: "It is over," (Sept. 1) for $5 million.'),
+        ("the boys ' toys are Bob 's , ` he printed ' .", "the boys' toys are Bob's, 'he printed'."),
         ("I 've 10 % , you 'll see : they 'd 're 'm !", "I've 10%, you'll see: they'd're'm!"),
         ("mr. <unk> is chairman of <unk> n.v. for N years", "mr. <unk> is chairman of <unk> n.v. for N years"),
     ],

@@ -61,9 +61,9 @@ def tasks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(undisturbed):
+def model(uninterrupted):
     """Folder of an exported toy model."""
-    return f"{undisturbed['llama'].output.run_dir}/model"
+    return f"{uninterrupted['llama'].output.run_dir}/model"
 
 
 def in_memory(model, interrupted=lambda: False):

@@ -16,9 +16,9 @@ from isoflop.utils.errors import UserError
 
 
 @pytest.fixture
-def run(undisturbed, tmp_path):
+def run(uninterrupted, tmp_path):
     """A copy of a finished toy run."""
-    return Path(shutil.copytree(undisturbed["llama"].output.run_dir, tmp_path / "run"))
+    return Path(shutil.copytree(uninterrupted["llama"].output.run_dir, tmp_path / "run"))
 
 
 def evaluated(model, **settings):
@@ -42,7 +42,7 @@ def test_the_command_and_plain_lm_eval_give_the_same_numbers(run, tmp_path):
     assert mine["n-samples"] == theirs["n-samples"]
     assert set(theirs) - set(mine) == set()  # whatever lm-eval writes down is there
     assert mine["config"]["model_args"]["pretrained"] == str(run)
-    for said in (
+    for printed in (
         "stdlib_continuation",
         "acc_per_token",
         "bits_per_byte",
@@ -50,7 +50,7 @@ def test_the_command_and_plain_lm_eval_give_the_same_numbers(run, tmp_path):
         "stdlib_perplexity: the first 4 KB of 20 modules",
         "results: ",
     ):
-        assert said in done.stdout
+        assert printed in done.stdout
     assert mine["chance"] == {"stdlib_continuation": 0.25}
     assert max(len(line) for line in done.stdout.splitlines() if line.startswith("  ")) <= 100
     page = (run / "evaluations/quick/results.md").read_text()
@@ -70,7 +70,7 @@ def test_chance_is_counted_from_the_choices_of_each_document(run, tmp_path):
     assert page.count("| 0.4444 | 3 |") == 3  # acc, acc_norm, acc_per_token
 
 
-def test_a_checkpoint_is_evaluated_as_what_it_would_be_exported_to(run, undisturbed, capsys):
+def test_a_checkpoint_is_evaluated_as_what_it_would_be_exported_to(run, uninterrupted, capsys):
     first, last = run / "checkpoints/step-5", run / "checkpoints/step-10"
     for path in (first, last, run):
         evaluated(path)
@@ -79,14 +79,14 @@ def test_a_checkpoint_is_evaluated_as_what_it_would_be_exported_to(run, undistur
     assert of["step-10/quick"] == of["quick"]
     assert of["step-5/quick"] != of["quick"]
     exported = run / "exported"
-    export_checkpoint(undisturbed["llama"], first, exported)
+    export_checkpoint(uninterrupted["llama"], first, exported)
     evaluated(exported, output=str(run / "elsewhere"))
     assert numbers(json.loads((run / "elsewhere/results.json").read_text())) == of["step-5/quick"]
     assert not list(run.glob(".export-*"))
 
 
-def test_a_hybrid_is_opened_by_this_packages_class_without_its_code_being_run(undisturbed, tmp_path):
-    run = Path(shutil.copytree(undisturbed["hybrid"].output.run_dir, tmp_path / "run"))
+def test_a_hybrid_is_opened_by_this_packages_class_without_its_code_being_run(uninterrupted, tmp_path):
+    run = Path(shutil.copytree(uninterrupted["hybrid"].output.run_dir, tmp_path / "run"))
     for path in (run, run / "checkpoints/step-10"):
         evaluated(path)
     ours = (json.loads((run / f"evaluations/{name}/results.json").read_text()) for name in ("quick", "step-10/quick"))

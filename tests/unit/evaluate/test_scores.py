@@ -104,7 +104,7 @@ def test_nothing_published_is_nothing_found(references):
 
 
 @pytest.mark.parametrize(
-    ("value", "stderr", "higher", "said"),
+    ("value", "stderr", "higher", "printed"),
     [
         (0.30, 0.01, True, "within the error"),
         (0.3135, 0.0100, True, "within the error"),
@@ -114,8 +114,8 @@ def test_nothing_published_is_nothing_found(references):
         (0.25, None, True, "-0.044, error unknown"),
     ],
 )
-def test_a_difference_is_one_beyond_196_standard_errors(value, stderr, higher, said):
-    assert compare_with_reference(Score("t", "m", value, stderr, 10, higher), Reference("GPT-2", 1, 0.294, "s")) == said
+def test_a_difference_is_one_beyond_196_standard_errors(value, stderr, higher, printed):
+    assert compare_with_reference(Score("t", "m", value, stderr, 10, higher), Reference("GPT-2", 1, 0.294, "s")) == printed
 
 
 def test_the_published_tables_stand_beside_the_scores():

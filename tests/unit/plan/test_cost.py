@@ -112,7 +112,7 @@ def test_classes_add_up_as_published():
         num_hidden_layers=18, num_attention_heads=18,
     )  # fmt: skip
     classes = cost.parameters_by_class(llama2)
-    assert classes["attention"] // 18 == 21_233_664  # the 21.23M and 42.47M a layer that the founding table got wrong
+    assert classes["attention"] // 18 == 21_233_664  # the 21.23M and 42.47M a layer that the original report's table got wrong
     assert classes["ffn"] // 18 == 42_467_328
     assert classes["embedding"] == classes["head"] == 73_728_000
     assert sum(classes.values()) == 1_294_159_104

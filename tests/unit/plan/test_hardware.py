@@ -86,21 +86,21 @@ def test_a_gpu_by_its_short_name():
 
 
 def test_memory_and_bandwidths_are_the_datasheets():
-    told = {
+    reported = {
         name: (gpu.memory_bytes / hardware.GIB, gpu.memory_bytes_per_s / 1e9, gpu.link_bytes_per_s / 1e9)
         for name, gpu in hardware.GPUS.items()
     }
-    assert told["a6000"] == (48, 768, 32)
-    assert told["a100"] == (80, 2039, 300)
-    assert told["a100-40gb-pcie"] == (40, 1555, 32)
-    assert told["a800"] == (80, 2039, 200)
-    assert told["h20"] == (96, 4000, 450)
-    assert told["h100"] == (80, 3350, 450)
-    assert told["h100-nvl"] == (94, 3900, 300)
-    assert told["h200"] == (141, 4800, 450)
-    assert told["rtx5090"] == (32, 1792, 64)
-    assert told["b200"] == (180, 8000, 900)
-    assert {link for _, _, link in told.values()} == {32, 64, 200, 300, 450, 900}
+    assert reported["a6000"] == (48, 768, 32)
+    assert reported["a100"] == (80, 2039, 300)
+    assert reported["a100-40gb-pcie"] == (40, 1555, 32)
+    assert reported["a800"] == (80, 2039, 200)
+    assert reported["h20"] == (96, 4000, 450)
+    assert reported["h100"] == (80, 3350, 450)
+    assert reported["h100-nvl"] == (94, 3900, 300)
+    assert reported["h200"] == (141, 4800, 450)
+    assert reported["rtx5090"] == (32, 1792, 64)
+    assert reported["b200"] == (180, 8000, 900)
+    assert {link for _, _, link in reported.values()} == {32, 64, 200, 300, 450, 900}
 
 
 def test_mfu_lies_between_the_measured_rows():

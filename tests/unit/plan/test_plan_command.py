@@ -212,8 +212,8 @@ def test_what_is_written_divides_by_the_gpus(plan, arguments, num_gpus, tmp_path
 
 
 def test_a_model_that_no_card_holds_is_written_with_the_word(plan, text, tmp_path):
-    said = text("models", "llama-2-7b", "--gpus", 2, "--gpu", "a6000", "--write", tmp_path / "w.yaml")
-    assert "micro_batch_size: not even 1 is predicted to fit 2 GPU(s) under fsdp2" in said
+    printed = text("models", "llama-2-7b", "--gpus", 2, "--gpu", "a6000", "--write", tmp_path / "w.yaml")
+    assert "micro_batch_size: not even 1 is predicted to fit 2 GPU(s) under fsdp2" in printed
     assert "# micro_batch_size: not even 1" in (tmp_path / "w.yaml").read_text()
 
 

@@ -18,7 +18,7 @@ ROUNDED = load_law("hoffmann-rounded")
         ((10, 30), 18, 3072, 64, 2_968_108_032, 80.94e9, 2.2970, False),
     ],
 )
-def test_the_founding_budget_by_the_right_count(bounds, layers, width, head_dim, parameters, tokens, loss, edge):
+def test_the_reported_budget_by_the_right_count(bounds, layers, width, head_dim, parameters, tokens, loss, edge):
     best = search(load_family("llama3"), 1.36e21, ROUNDED, bounds)[0]
     s = cost.shape_of(best.model)
     assert (s.num_layers, s.hidden_size, s.head_dim, best.parameters, best.on_grid_edge) == (

@@ -62,7 +62,7 @@ def repositories(hub, tmp_path):
 
 @pytest.fixture
 def prepared(hub, repositories, write_recipe, tmp_path):
-    """`scripts/prepare.py` against the stand-in, with access to what is gated unless told otherwise."""
+    """`scripts/prepare.py` against the stand-in, with access to what is gated by default."""
 
     def run(source, *overrides, token=standin.GRANTED, name="prepared", tokenizer="meta-llama/Llama-2-7b-hf", check=True):
         file = write_recipe(name, data__prepared_dir=str(tmp_path / name), data__source={"kind": "hub", **source})

@@ -133,7 +133,7 @@ def test_a_folder_prepared_with_a_contamination_report_still_opens(toy_tree, toy
     assert prepare(toy_recipe(data__prepared_dir=str(folder))).fingerprint() == current.fingerprint()
 
 
-def test_inspect_prints_windows_in_the_order_of_training(toy_tree, write_recipe, undisturbed):
+def test_inspect_prints_windows_in_the_order_of_training(toy_tree, write_recipe, uninterrupted):
     file = write_recipe()
     recipe = load_recipe(file)
     manifest = read_manifest(recipe.data.prepared_dir)

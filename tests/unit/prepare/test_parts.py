@@ -130,8 +130,8 @@ def test_an_overlapping_tail_keeps_every_token(rows_recipe, small):
 @pytest.mark.distributed
 @pytest.mark.parametrize("workers", [1, 3])
 def test_killed_at_random_moments_it_resumes_to_the_same_windows(workers, rows_recipe, small, slow_command, tried):
-    undisturbed, _ = rows_recipe("undisturbed")
-    undivided = prepare(undisturbed, num_workers=1)
+    uninterrupted, _ = rows_recipe("uninterrupted")
+    undivided = prepare(uninterrupted, num_workers=1)
     recipe, file = rows_recipe("killed")
     rng, kills, finished = random.Random(workers), 0, []
     while kills < 5:
@@ -166,8 +166,8 @@ def finished_shards(recipe):
 
 def test_a_part_resumes_after_its_last_shard(rows_recipe, small, monkeypatch):
     monkeypatch.setattr(sources, "PART_BYTES", 2**30)
-    undisturbed, _ = rows_recipe("undisturbed")
-    undivided = prepare(undisturbed, num_workers=1)
+    uninterrupted, _ = rows_recipe("uninterrupted")
+    undivided = prepare(uninterrupted, num_workers=1)
     recipe, _ = rows_recipe("stopped")
     encode, calls = encoding.Encoder.__call__, []
 
@@ -191,7 +191,7 @@ def test_a_part_resumes_after_its_last_shard(rows_recipe, small, monkeypatch):
 
 def test_finished_parts_survive_a_broken_file(rows_recipe, small, tmp_path, toy_tree, capsys):
     tokenizer = {"name": f"{toy_tree['data']['prepared_dir']}/tokenizer"}
-    broken, file = rows_recipe("mended")
+    broken, file = rows_recipe("repaired")
     broken = load_recipe(file, [f"tokenizer.name={tokenizer['name']}"])
     bad = tmp_path / "rows" / "07.jsonl"
     whole_file = bad.read_text()

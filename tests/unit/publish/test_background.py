@@ -42,14 +42,14 @@ def finished(process, code=0):
     return output
 
 
-def test_a_run_pushes_its_checkpoints_and_then_itself(hub, pretrain, toy_recipe, write_recipe, undisturbed, tmp_path):
+def test_a_run_pushes_its_checkpoints_and_then_itself(hub, pretrain, toy_recipe, write_recipe, uninterrupted, tmp_path):
     """The first push fails; the next one takes up what it left. Training is that of a run without a Hub, bit for bit."""
     hub.break_file(f"/{NAME}/refs", times=2, status=503)
     file = write_recipe(hub__repo_id=NAME)
     output = finished(pretrain(file))
     recipe = load_recipe(file)
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
-    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+    assert curve_of(recipe) == curve_of(uninterrupted["llama"])
+    assert weights_of(recipe) == weights_of(uninterrupted["llama"])
     assert f"hub.repo_id = '{NAME}' was not checked" in output
     assert "checkpoints were not pushed: hub.repo_id = 'alice/toy'" in output
     files = hub.files(NAME)
@@ -64,12 +64,12 @@ def test_a_run_pushes_its_checkpoints_and_then_itself(hub, pretrain, toy_recipe,
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "at5").num_parameters() == 28_832
 
 
-def test_a_hub_that_does_not_answer_stops_nothing(hub, pretrain, write_recipe, undisturbed):
+def test_a_hub_that_does_not_answer_stops_nothing(hub, pretrain, write_recipe, uninterrupted):
     hub.shutdown()
     hub.server_close()
     file = write_recipe(hub__repo_id=NAME)
     output = finished(pretrain(file))
-    assert curve_of(load_recipe(file)) == curve_of(undisturbed["llama"])
+    assert curve_of(load_recipe(file)) == curve_of(uninterrupted["llama"])
     assert f"hub.repo_id = '{NAME}' was not checked" in output
     assert "not published: " in output
     assert f"publish it with: isoflop publish {load_recipe(file).output.run_dir}" in output

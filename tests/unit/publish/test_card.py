@@ -33,10 +33,10 @@ RESULTS = {
 
 
 @pytest.fixture
-def run(undisturbed, tmp_path):
+def run(uninterrupted, tmp_path):
     """A finished toy run, free to be changed."""
     folder = tmp_path / "runs" / "toy"
-    shutil.copytree(undisturbed["llama"].output.run_dir, folder)
+    shutil.copytree(uninterrupted["llama"].output.run_dir, folder)
     return RunFolder(str(folder))
 
 
@@ -47,10 +47,10 @@ def rows(card, header):
     return {cells[0]: cells[1:] for cells in table}
 
 
-def test_facts_and_training_are_those_of_the_run(run, undisturbed):
+def test_facts_and_training_are_those_of_the_run(run, uninterrupted):
     card = model_card(run, "user/toy", None)
-    summary, told = json.loads(run.summary.read_text()), rows(card, "|  |  |")
-    assert told == {
+    summary, reported = json.loads(run.summary.read_text()), rows(card, "|  |  |")
+    assert reported == {
         "type": ["llama, stock transformers"],
         "opens in": ["transformers 4.57 and 5 (tested with 4.57.6 and 5.23.0)"],
         "parameters": ["28,832"],
@@ -62,29 +62,29 @@ def test_facts_and_training_are_those_of_the_run(run, undisturbed):
         "context": ["64 tokens"],
         "tokenizer": ["byte-level BPE with 300 ids, trained on this data"],
     }
-    told = rows(str(card).split("## Training")[1], "|  |  |")
-    assert told["tokens (D)"] == ["2,560 = 10 steps x 256"]
-    assert told["tokens per parameter (D/N)"] == [f"{2560 / 28832:.2f}"]
-    flops = 2560 * cost.flops_per_token(undisturbed["llama"].model, 32)
-    assert told["FLOPs"] == [f"{flops:.3e} (6 N D: {6 * 28832 * 2560:.3e})"]
-    assert told["hours"] == [f"{summary['elapsed_s'] / 3600:.3g}"]
-    assert told["median throughput"] == [f"{summary['tokens_per_s']:,.0f} tokens/s, MFU n/a"]
+    reported = rows(str(card).split("## Training")[1], "|  |  |")
+    assert reported["tokens (D)"] == ["2,560 = 10 steps x 256"]
+    assert reported["tokens per parameter (D/N)"] == [f"{2560 / 28832:.2f}"]
+    flops = 2560 * cost.flops_per_token(uninterrupted["llama"].model, 32)
+    assert reported["FLOPs"] == [f"{flops:.3e} (6 N D: {6 * 28832 * 2560:.3e})"]
+    assert reported["hours"] == [f"{summary['elapsed_s'] / 3600:.3g}"]
+    assert reported["median throughput"] == [f"{summary['tokens_per_s']:,.0f} tokens/s, MFU n/a"]
     environment = json.loads((run.path / "environment.json").read_text())
-    assert told["hardware"] == [f"CPU with {environment['hardware']['cpu_cores']} cores"]
-    assert f"torch {environment['versions']['torch']}" in told["versions"][0]
-    assert told["commit of the code"] == [environment["commit"] or "an installed copy"]
+    assert reported["hardware"] == [f"CPU with {environment['hardware']['cpu_cores']} cores"]
+    assert f"torch {environment['versions']['torch']}" in reported["versions"][0]
+    assert reported["commit of the code"] == [environment["commit"] or "an installed copy"]
     assert f"**{summary['val_loss']:.4f} nats per token** ({summary['bits_per_byte']:.4f} bits per byte)" in str(card)
     assert f"```text\n{summary['samples'][0]}\n```" in str(card)
 
 
-def test_a_hybrid_says_that_its_code_is_run(undisturbed, toy_recipe):
-    folder = RunFolder(undisturbed["hybrid"].output.run_dir)
+def test_a_hybrid_says_that_its_code_is_run(uninterrupted, toy_recipe):
+    folder = RunFolder(uninterrupted["hybrid"].output.run_dir)
     card = model_card(folder, "user/toy", None, ["step-5"])
     assert rows(card, "|  |  |")["type"] == ["hybrid, with its code beside the weights"]
     assert 'AutoModelForCausalLM.from_pretrained("user/toy", trust_remote_code=True), AutoTokenizer' in str(card)
     assert 'from_pretrained("user/toy", revision="step-N", trust_remote_code=True)`' in str(card)
     code = {"compatibility_hybrid.py", "configuration_hybrid.py", "conversion_hybrid.py", "modeling_hybrid.py"}
-    assert {name for name in run_files(folder, undisturbed["hybrid"]) if name.endswith(".py")} == code
+    assert {name for name in run_files(folder, uninterrupted["hybrid"]) if name.endswith(".py")} == code
     stock = toy_recipe(model__model_type="hybrid", model__preset="llama")
     assert sections.remote_code(stock) == ""
     assert "hybrid, stock transformers" in sections.architecture(stock)
@@ -126,11 +126,11 @@ def test_licence_is_the_commands_then_the_recipes_then_unknown(run):
     assert model_card(run, "user/toy", "mit").data.license == "mit"
 
 
-def test_laws_stand_beside_what_was_measured(run, undisturbed):
-    told = rows(model_card(run, "user/toy", None), "| law | predicted loss | interval | measured validation loss |")
+def test_laws_stand_beside_what_was_measured(run, uninterrupted):
+    reported = rows(model_card(run, "user/toy", None), "| law | predicted loss | interval | measured validation loss |")
     measured = f"{json.loads(run.summary.read_text())['val_loss']:.4f}"
     reasons = {"hoffmann": "70M parameters and 5B tokens", "besiroglu": "57M parameters and 250M tokens"}
-    assert told == {
+    assert reported == {
         name: [f"no prediction: its data begin at {edges} (here 28.8K and 2.56K)", "n/a", measured]
         for name, edges in reasons.items()
     }
@@ -158,15 +158,15 @@ def test_a_law_of_ones_own_stands_first(run):
     own = {"law": "runs/law.json", "predicted_loss": 4.5, "predicted_loss_interval": [4.25, 4.75]}
     run.summary.write_text(json.dumps(summary | own))
     card = model_card(run, "user/toy", None)
-    told = rows(card, "| law | predicted loss | interval | measured validation loss |")
-    assert list(told) == ["runs/law.json", "hoffmann", "besiroglu"]
-    assert told["runs/law.json"][:2] == ["4.5000", "4.2500 to 4.7500"]
+    reported = rows(card, "| law | predicted loss | interval | measured validation loss |")
+    assert list(reported) == ["runs/law.json", "hoffmann", "besiroglu"]
+    assert reported["runs/law.json"][:2] == ["4.5000", "4.2500 to 4.7500"]
     assert "`runs/law.json` is the run's own" in str(card)
     run.summary.write_text(json.dumps(summary))
 
 
-def test_checkpoints_are_listed_by_step_with_their_losses(run, undisturbed):
-    step = {row["step"]: row for row in metrics_of(undisturbed["llama"])}
+def test_checkpoints_are_listed_by_step_with_their_losses(run, uninterrupted):
+    step = {row["step"]: row for row in metrics_of(uninterrupted["llama"])}
     card = model_card(run, "user/toy", None, ["step-10", "step-5", "step-400"])  # the last is of another past
     assert rows(card, "| revision | tokens | training loss | validation loss |") == {
         "step-5": ["1,280", f"{step[5]['loss']:.4f}", f"{step[5]['val_loss']:.4f}"],
@@ -180,10 +180,10 @@ def test_data_by_source_with_epochs_if_the_prepared_folder_is_there(toy_recipe):
     windows = json.loads((Path(recipe.data.prepared_dir) / "manifest.json").read_text())["sources"]["text"]["splits"]["train"][
         "windows"
     ]
-    told = sections.data(published_recipe(recipe), recipe.data.prepared_dir, {"tokens": 2560})
-    assert told.splitlines()[-1] == f"| local files *.txt | 100.00% | {80 / windows:.2f} | n/a |"
-    told = sections.data(published_recipe(recipe), "data/elsewhere", {"tokens": 2560})
-    assert told.splitlines()[-1] == "| local files *.txt | 100.00% | n/a | n/a |"
+    reported = sections.data(published_recipe(recipe), recipe.data.prepared_dir, {"tokens": 2560})
+    assert reported.splitlines()[-1] == f"| local files *.txt | 100.00% | {80 / windows:.2f} | n/a |"
+    reported = sections.data(published_recipe(recipe), "data/elsewhere", {"tokens": 2560})
+    assert reported.splitlines()[-1] == "| local files *.txt | 100.00% | n/a | n/a |"
 
 
 def test_every_dataset_of_the_hub_in_a_mixture_is_named(toy_recipe, tmp_path):
@@ -209,17 +209,17 @@ def test_a_launch_reads_as_it_was_typed():
     )
 
 
-def test_gpus_are_counted_by_process(run, undisturbed):
+def test_gpus_are_counted_by_process(run, uninterrupted):
     launch = {
         "hardware": {"gpus": ["NVIDIA H100 80GB HBM3"] * 8, "cpu_cores": 64},
         "launch": {"num_processes": 16, "device": "cuda:0"},
         "versions": {},
         "commit": None,
     }
-    told = sections.training(undisturbed["llama"], json.loads(run.summary.read_text()) | {"mfu": 0.41}, [launch])
-    assert "| hardware | 16 x NVIDIA H100 80GB HBM3 |" in told
-    assert "MFU 41.0%" in told
-    assert "| commit of the code | an installed copy |" in told
+    reported = sections.training(uninterrupted["llama"], json.loads(run.summary.read_text()) | {"mfu": 0.41}, [launch])
+    assert "| hardware | 16 x NVIDIA H100 80GB HBM3 |" in reported
+    assert "MFU 41.0%" in reported
+    assert "| commit of the code | an installed copy |" in reported
 
 
 def test_a_sample_stays_in_its_block_whatever_it_holds():

@@ -23,13 +23,18 @@ LAUNCH = {
 
 def test_an_environment_keeps_versions_hardware_and_launch_alone():
     earlier = LAUNCH | {"command": ["scripts/pretrain.py", "recipes/x.yaml", "data.source.files=[/home/ada/a.txt, b/*.txt]"]}
-    told = published_environment(LAUNCH | {"earlier_launches": [earlier]})
-    assert [launch["command"] for launch in told["launches"]] == [
+    reported = published_environment(LAUNCH | {"earlier_launches": [earlier]})
+    assert [launch["command"] for launch in reported["launches"]] == [
         ["scripts/pretrain.py", "recipes/x.yaml", "data.source.files=[a.txt, b/*.txt]"],
         ["scripts/pretrain.py", "x.yaml", "output.run_dir=x"],
     ]
-    assert told["launches"][1]["hardware"] == {"platform": "Linux", "cpu_cores": 2, "memory_bytes": 1, "gpus": ["NVIDIA H100"]}
-    assert "node-17" not in json.dumps(told)
+    assert reported["launches"][1]["hardware"] == {
+        "platform": "Linux",
+        "cpu_cores": 2,
+        "memory_bytes": 1,
+        "gpus": ["NVIDIA H100"],
+    }
+    assert "node-17" not in json.dumps(reported)
     assert LAUNCH["hardware"]["host"] == "node-17"  # the run's own file says it still
 
 
@@ -72,8 +77,8 @@ def test_results_of_lm_eval_keep_their_numbers_and_urls_and_lose_every_path(tmp_
     }
 
 
-def test_a_finished_run_brings_all_its_files(undisturbed, tmp_path):
-    recipe = undisturbed["llama"]
+def test_a_finished_run_brings_all_its_files(uninterrupted, tmp_path):
+    recipe = uninterrupted["llama"]
     shutil.copytree(recipe.output.run_dir, tmp_path / "toy")
     folder = RunFolder(str(tmp_path / "toy"))
     files = run_files(folder, recipe)
@@ -87,8 +92,8 @@ def test_a_finished_run_brings_all_its_files(undisturbed, tmp_path):
         run_files(folder, recipe)
 
 
-def test_a_published_recipe_is_one_that_trains(undisturbed, tmp_path):
+def test_a_published_recipe_is_one_that_trains(uninterrupted, tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(
-        run_files(RunFolder(undisturbed["gpt2"].output.run_dir), undisturbed["gpt2"])["recipe.yaml"]
+        run_files(RunFolder(uninterrupted["gpt2"].output.run_dir), uninterrupted["gpt2"])["recipe.yaml"]
     )
-    assert load_recipe(tmp_path / "recipe.yaml").model == undisturbed["gpt2"].model
+    assert load_recipe(tmp_path / "recipe.yaml").model == uninterrupted["gpt2"].model

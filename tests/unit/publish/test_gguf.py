@@ -131,9 +131,9 @@ def test_rows_that_blocks_do_not_divide_are_refused(tmp_path):
     assert not list(tmp_path.glob("*gguf*"))
 
 
-def test_the_command_on_a_run_and_on_one_of_its_checkpoints(undisturbed, tmp_path):
+def test_the_command_on_a_run_and_on_one_of_its_checkpoints(uninterrupted, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(undisturbed["llama"].output.run_dir, run)
+    shutil.copytree(uninterrupted["llama"].output.run_dir, run)
     (run / "notes.gguf").write_text("mine")
     command = [sys.executable, "scripts/export.py"]
     for model, target in ((run, f"{run}.f16.gguf"), (run / "checkpoints" / "step-5", tmp_path / "five.gguf")):
@@ -143,7 +143,7 @@ def test_the_command_on_a_run_and_on_one_of_its_checkpoints(undisturbed, tmp_pat
         assert len(gguf.GGUFReader(target).tensors) == 20
     for arguments, message in (
         ([run, "--output", run / "notes.gguf"], "exists and is not a GGUF file"),
-        ([undisturbed["hybrid"].output.run_dir], "model_type = 'hybrid': llama.cpp computes no such model"),
+        ([uninterrupted["hybrid"].output.run_dir], "model_type = 'hybrid': llama.cpp computes no such model"),
         ([tmp_path / "nothing"], "nothing is not a folder"),
     ):
         done = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)

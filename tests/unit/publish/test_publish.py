@@ -52,9 +52,9 @@ def large_bytes(hub):
 
 
 @pytest.fixture(scope="module")
-def published(undisturbed, tmp_path_factory):
+def published(uninterrupted, tmp_path_factory):
     """The toy run and its checkpoints, published once: (hub, home, the run's folder, the finished command)."""
-    folder = copy_run(undisturbed["llama"], tmp_path_factory.mktemp("published") / "toy")
+    folder = copy_run(uninterrupted["llama"], tmp_path_factory.mktemp("published") / "toy")
     home = tmp_path_factory.mktemp("home")
     with Hub() as hub:
         hub.account(TOKEN, "user")
@@ -62,8 +62,8 @@ def published(undisturbed, tmp_path_factory):
         yield hub, home, folder, on(hub, home, *command)
 
 
-def test_a_dry_run_shows_files_and_card_and_touches_nothing(undisturbed, tmp_path):
-    folder = copy_run(undisturbed["llama"], tmp_path / "toy")
+def test_a_dry_run_shows_files_and_card_and_touches_nothing(uninterrupted, tmp_path):
+    folder = copy_run(uninterrupted["llama"], tmp_path / "toy")
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.rglob("*") if file.is_file()}
     with Hub() as hub:
         command = ("scripts/publish.py", folder, "--repo-id", "user/toy", "--checkpoints", "--dry-run")
@@ -95,9 +95,9 @@ def test_a_finished_run_lies_on_main_in_one_commit(published):
     )
 
 
-def test_nothing_of_the_machine_is_in_what_was_uploaded(published, undisturbed):
+def test_nothing_of_the_machine_is_in_what_was_uploaded(published, uninterrupted):
     hub, _, folder, _ = published
-    recipe = undisturbed["llama"]
+    recipe = uninterrupted["llama"]
     private = [HOST, folder, recipe.output.run_dir, recipe.data.prepared_dir, recipe.data.source.files[0][:-5], ROOT, Path.home()]
     uploaded = list(Path(hub.folder.name).iterdir())
     assert len(uploaded) > 15
@@ -106,11 +106,11 @@ def test_nothing_of_the_machine_is_in_what_was_uploaded(published, undisturbed):
         assert not [text for text in private if str(text).encode() in content], content[:200]
 
 
-def test_a_checkpoint_opens_by_its_revision_as_it_was_exported(published, undisturbed, tmp_path):
+def test_a_checkpoint_opens_by_its_revision_as_it_was_exported(published, uninterrupted, tmp_path):
     hub, _, folder, _ = published
     assert sorted(hub.repositories["models", "user/toy"].tags) == ["step-10", "step-5"]
-    row = {row["step"]: row for row in metrics_of(undisturbed["llama"])}[5]
-    export_checkpoint(undisturbed["llama"], folder / "checkpoints" / "step-5", tmp_path / "step-5")
+    row = {row["step"]: row for row in metrics_of(uninterrupted["llama"])}[5]
+    export_checkpoint(uninterrupted["llama"], folder / "checkpoints" / "step-5", tmp_path / "step-5")
     exported = {file.name: file.read_bytes() for file in (tmp_path / "step-5").iterdir()}
     files = hub.files("user/toy", "step-5")
     assert {name: files[name] for name in exported if name != TOKENIZER} == {k: v for k, v in exported.items() if k != TOKENIZER}
@@ -147,8 +147,8 @@ assert AutoTokenizer.from_pretrained("user/toy")("one two").input_ids == AutoTok
 step = AutoModelForCausalLM.from_pretrained("user/toy", revision="step-10")
 assert torch.equal(step(ids).logits, logits[local])
 options = {"max_new_tokens": 8, "do_sample": False}
-said = [pipeline("text-generation", model=name)("The", **options)[0]["generated_text"] for name in ("user/toy", local)]
-assert said[0] == said[1] and said[0].startswith("The")
+printed = [pipeline("text-generation", model=name)("The", **options)[0]["generated_text"] for name in ("user/toy", local)]
+assert printed[0] == printed[1] and printed[0].startswith("The")
 card = ModelCard.load("user/toy")
 card.validate()
 assert card.data.license == "mit" and card.data.eval_results[0].metric_type == "loss"
@@ -182,8 +182,8 @@ def test_lm_eval_gives_the_numbers_of_the_local_model(published):
     on(hub, home, "-c", LM_EVAL, folder / "model", ROOT / "eval")
 
 
-def test_a_push_cut_in_a_large_file_leaves_main_unchanged_and_resumes(undisturbed, tmp_path):
-    folder = copy_run(undisturbed["llama"], tmp_path / "toy")
+def test_a_push_cut_in_a_large_file_leaves_main_unchanged_and_resumes(uninterrupted, tmp_path):
+    folder = copy_run(uninterrupted["llama"], tmp_path / "toy")
     weights = (folder / "model" / "model.safetensors").read_bytes()
     command = ("scripts/publish.py", folder, "--repo-id", "user/toy", "--license", "mit")
     with Hub() as hub:
@@ -209,8 +209,8 @@ def test_a_push_cut_in_a_large_file_leaves_main_unchanged_and_resumes(undisturbe
         }  # fmt: skip
 
 
-def test_while_a_run_trains_its_new_checkpoints_are_pushed_and_main_waits(undisturbed, tmp_path):
-    folder = copy_run(undisturbed["gpt2"], tmp_path / "toy", repo_id="user/toy", push_every=5)
+def test_while_a_run_trains_its_new_checkpoints_are_pushed_and_main_waits(uninterrupted, tmp_path):
+    folder = copy_run(uninterrupted["gpt2"], tmp_path / "toy", repo_id="user/toy", push_every=5)
     (folder / "summary.json").unlink()
     (folder / "checkpoints" / "step-10").rename(tmp_path / "step-10")
     push = ("-m", "isoflop.publish.checkpoints", folder)
@@ -261,9 +261,9 @@ for token, run, repo_id in json.loads(sys.argv[1]):
 """
 
 
-def test_what_cannot_be_published_is_refused_before_anything_is_sent(undisturbed, tmp_path):
-    toy = copy_run(undisturbed["llama"], tmp_path / "toy")
-    other = copy_run(undisturbed["gpt2"], tmp_path / "other")
+def test_what_cannot_be_published_is_refused_before_anything_is_sent(uninterrupted, tmp_path):
+    toy = copy_run(uninterrupted["llama"], tmp_path / "toy")
+    other = copy_run(uninterrupted["gpt2"], tmp_path / "other")
     tree = yaml.safe_load((other / "recipe.yaml").read_text()) | {"seed": 7}
     (other / "recipe.yaml").write_text(yaml.safe_dump(tree))
     foreign = tmp_path / "foreign"
@@ -271,7 +271,7 @@ def test_what_cannot_be_published_is_refused_before_anything_is_sent(undisturbed
     (foreign / "weights.bin").write_text("somebody's")
     gpt2 = tmp_path / "gpt2"
     gpt2.mkdir()
-    (gpt2 / "recipe.yaml").write_text(to_yaml(published_recipe(undisturbed["gpt2"])))
+    (gpt2 / "recipe.yaml").write_text(to_yaml(published_recipe(uninterrupted["gpt2"])))
     with Hub() as hub:
         hub.account(TOKEN, "user")
         hub.account("hf_reader", "user", "read")
@@ -311,20 +311,20 @@ def test_what_cannot_be_published_is_refused_before_anything_is_sent(undisturbed
         }  # fmt: skip
         cases = json.dumps([[token, str(run), repo_id] for token, run, repo_id in expected])
         done = on(hub, tmp_path / "home", "-c", REFUSALS, cases)
-        told = iter(done.stdout.splitlines())
+        reported = iter(done.stdout.splitlines())
         for (_, _, repo_id), reason in expected.items():
             colon = "" if reason.startswith(("holds", "is not")) else ":"
             if repo_id == "user/silent":  # a run can begin all the same
-                assert next(told) == f"hub.repo_id = 'user/silent' was not checked: hub.repo_id = 'user/silent': {reason}"
-                assert next(told) == "no error"
+                assert next(reported) == f"hub.repo_id = 'user/silent' was not checked: hub.repo_id = 'user/silent': {reason}"
+                assert next(reported) == "no error"
             else:
-                assert next(told) == f"error: hub.repo_id = {repo_id!r}{colon} {reason}"
-            assert next(told) == f"error: --repo-id = {repo_id!r}{colon} {reason}"
+                assert next(reported) == f"error: hub.repo_id = {repo_id!r}{colon} {reason}"
+            assert next(reported) == f"error: --repo-id = {repo_id!r}{colon} {reason}"
         assert {method for method, path in hub.requests} <= {"GET", "HEAD"}
 
 
-def test_a_token_without_permission_is_refused_with_what_was_published(undisturbed, tmp_path):
-    folder = copy_run(undisturbed["llama"], tmp_path / "toy")
+def test_a_token_without_permission_is_refused_with_what_was_published(uninterrupted, tmp_path):
+    folder = copy_run(uninterrupted["llama"], tmp_path / "toy")
     with Hub() as hub:
         hub.account(TOKEN, "user")
         hub.break_file("/commit/main", status=403, method="POST")
@@ -342,13 +342,13 @@ def test_no_error_of_the_client_shows_a_token(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-token-of-no-known-form")
     error = RuntimeError("Authorization: Bearer a-token-of-no-known-form, or hf_ABCDEFGHIJKLMNOPQRST\n")
     error.__cause__ = ConnectionError("refused")
-    told = hub_error(error, "hub.repo_id", "user/toy", ["step-5"])
-    assert isinstance(told, HubSilent)
-    assert "(Authorization: Bearer ***, or hf_***: refused); published so far: step-5; the same command resumes" in str(told)
+    reported = hub_error(error, "hub.repo_id", "user/toy", ["step-5"])
+    assert isinstance(reported, HubSilent)
+    assert "(Authorization: Bearer ***, or hf_***: refused); published so far: step-5; the same command resumes" in str(reported)
 
 
-def test_only_one_push_of_a_run_at_a_time(undisturbed, tmp_path):
-    recipe = undisturbed["llama"]
+def test_only_one_push_of_a_run_at_a_time(uninterrupted, tmp_path):
+    recipe = uninterrupted["llama"]
     with (
         lock(tmp_path / "publish.lock", "", ""),
         pytest.raises(UserError, match=r"the push of .* is in use by host .*; wait for"),

@@ -104,10 +104,10 @@ def test_a_law_of_runs_carries_their_progress_and_at_most_a_thousand_draws(tmp_p
 
 def test_a_fit_that_is_no_law_is_reported_and_not_written(fit, tmp_path, capsys):
     assert fit(write_table(tmp_path / "t.json", proportional=True)) == 1
-    told = capsys.readouterr()
-    assert "Verdict: do not use this law. The parametric fit is ill conditioned: " in told.out
-    assert f"error: {tmp_path}/out/law.json is not written: the parametric fit is ill conditioned: " in told.err
-    assert "let N and D vary" in told.err
+    reported = capsys.readouterr()
+    assert "Verdict: do not use this law. The parametric fit is ill conditioned: " in reported.out
+    assert f"error: {tmp_path}/out/law.json is not written: the parametric fit is ill conditioned: " in reported.err
+    assert "let N and D vary" in reported.err
     assert not (tmp_path / "out/law.json").exists()
     assert (tmp_path / "out/law.png").exists()
 
@@ -188,10 +188,10 @@ def test_the_verdict_rests_on_what_was_measured(tmp_path):
     assert "* holds: 1e+21 FLOPs are 10 times the largest budget it was fitted to" in verdict_of(report)
     isoflop = report.isoflop.model_copy(update={"n_opt": [2 * report.parametric.n_opt[0]]})
     report = report.model_copy(update={"predict": [1.2e21], "isoflop": isoflop})
-    told = verdict_of(report)
-    assert told.startswith("Verdict: take this law with caution: of 3 grounds for trust 2 fail.")
-    assert "* fails: at 1.2e+21 FLOPs the N of parametric, isoflop differ by a factor of 2" in told
-    assert "* fails: 1.2e+21 FLOPs are 12 times" in told
+    reported = verdict_of(report)
+    assert reported.startswith("Verdict: take this law with caution: of 3 grounds for trust 2 fail.")
+    assert "* fails: at 1.2e+21 FLOPs the N of parametric, isoflop differ by a factor of 2" in reported
+    assert "* fails: 1.2e+21 FLOPs are 12 times" in reported
     none = HeldOutBudget(status="not fitted", reason="one budget")
     report = report.model_copy(update={"leave_largest_out": none})
     assert "* fails: not tested on a held-out larger budget: one budget" in verdict_of(report)

@@ -1,4 +1,4 @@
-"""Processes of a sweep: packed, stopped, failed, passed over, most of them of a script that trains nothing; and branches."""
+"""Processes of a sweep: packed, stopped, failed, skipped, most of them of a script that trains nothing; and branches."""
 
 import fcntl
 import json

@@ -40,11 +40,11 @@ def test_states_and_time_left(runs):
     assert seconds_left(states) == pytest.approx([0.0, 30.0, 45.0, 50.0])
     assert [row["state"] for row in states_json(states)] == ["finished", "stopped", "running", "waiting"]
     assert [row["seconds_left"] for row in states_json(states)] == pytest.approx([0.0, 30.0, 45.0, 50.0])
-    told = report(states)
-    assert f"1 of 4 runs finished; {4 * runs[0].flops:.3g} FLOPs in all, {2.5 * runs[0].flops:.3g} left" in told
-    assert told.endswith(", 0.03 h one after another")
+    reported = report(states)
+    assert f"1 of 4 runs finished; {4 * runs[0].flops:.3g} FLOPs in all, {2.5 * runs[0].flops:.3g} left" in reported
+    assert reported.endswith(", 0.03 h one after another")
     for cell in ("  3.2500  ", "stopped at 40%", "running at 10%", "waiting"):
-        assert cell in told
+        assert cell in reported
 
 
 def test_without_a_step_there_is_no_pace(runs):

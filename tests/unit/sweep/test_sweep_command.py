@@ -81,10 +81,10 @@ def test_a_stopped_sweep_goes_on_and_redoes_nothing(write_sweep, tmp_path):
     assert "SIGTERM: the runs in training are saved; the same command resumes" in out
     assert not (second / "summary.json").exists()
     before = {file: file.stat().st_mtime_ns for file in first.rglob("*") if file.is_file()}
-    told = run_command(*command, "--dry-run").stdout
-    assert re.search(rf"{re.escape(names[0])} .* finished ", told)
-    assert re.search(rf"{re.escape(names[1])} .* stopped at \d+% ", told)
-    assert "1 of 2 runs finished" in told
+    reported = run_command(*command, "--dry-run").stdout
+    assert re.search(rf"{re.escape(names[0])} .* finished ", reported)
+    assert re.search(rf"{re.escape(names[1])} .* stopped at \d+% ", reported)
+    assert "1 of 2 runs finished" in reported
     again = run_command(*command, check=False)
     assert again.returncode == 2
     assert "2 finished runs, and a law of 5 coefficients needs 6 or more" in again.stderr
@@ -105,12 +105,12 @@ def test_a_finished_sweep_is_fitted_and_its_law_scores_a_larger_run(finished, tm
     assert json.loads(law.read_text())["coefficients"]["E"] == pytest.approx(1.2, rel=1e-3)
     largest = max(group[0].flops for group in groups_of(load_sweep_config(finished)))
     assert sweep_command(SweepOptions(finished, target=1.2 * largest)) == 0
-    told = capsys.readouterr().out
-    written = Path(told.split(":")[0])
+    reported = capsys.readouterr().out
+    written = Path(reported.split(":")[0])
     recipe = load_recipe(written)
     assert (recipe.law, written.parent) == (str(law), tmp_path)
     assert recipe.optimizer.peak_learning_rate == 3e-3
-    assert re.search(rf"^{re.escape(str(law))} predicts a final validation loss of \d\.\d+ \(90%: ", told, flags=re.MULTILINE)
+    assert re.search(rf"^{re.escape(str(law))} predicts a final validation loss of \d\.\d+ \(90%: ", reported, flags=re.MULTILINE)
     shorter = recipe.training.model_copy(update={"max_steps": 40})
     assert run_in_process(recipe.model_copy(update={"training": shorter})) == 0
     summary = json.loads((Path(recipe.output.run_dir) / "summary.json").read_text())

@@ -28,10 +28,10 @@ pretrain.train = reporting
 def losses_and_reductions(write_recipe, ranks):
     def run(config, reduction, **settings):
         file = write_recipe(f"{config}_{reduction}", training__micro_batch_size=2, training__max_steps=4)
-        said = ranks.run(config, file, f"training.gradient_reduction={reduction}", code=COUNT, **settings)
-        reductions = {int(number) for number in re.findall(r"reduce-scatters: (\d+)", said)}
+        printed = ranks.run(config, file, f"training.gradient_reduction={reduction}", code=COUNT, **settings)
+        reductions = {int(number) for number in re.findall(r"reduce-scatters: (\d+)", printed)}
         assert len(reductions) == 1  # the same on every rank
-        (line,) = re.findall(r"gradients: reduced (once a step|after every micro-batch) \(", said)
+        (line,) = re.findall(r"gradients: reduced (once a step|after every micro-batch) \(", printed)
         return [row[1] for row in curve_of(load_recipe(file))], reductions.pop(), line
 
     return run

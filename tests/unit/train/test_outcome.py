@@ -1,4 +1,4 @@
-"""A run under a law: what it promised stands beside what came out, and from mid-run on a forecast."""
+"""A run under a law: the prediction stands beside what came out, and from mid-run on a forecast."""
 
 import json
 import math
@@ -29,20 +29,23 @@ def law(tmp_path):
     return str(tmp_path / "law.json")
 
 
-def test_the_summary_has_what_was_promised(law, toy_recipe, run_in_process, capsys, undisturbed):
+def test_the_summary_has_what_was_predicted(law, toy_recipe, run_in_process, capsys, uninterrupted):
     recipe = toy_recipe(evaluation__validate_every=1).model_copy(update={"law": law})
     assert run_in_process(recipe) == 0
     summary = json.loads((Path(recipe.output.run_dir) / "summary.json").read_text())
     n, d = cost.parameters(recipe.model), 10 * 256
-    promised = 3.0 + 100 / math.sqrt(n) + 100 / math.sqrt(d)
+    predicted = 3.0 + 100 / math.sqrt(n) + 100 / math.sqrt(d)
     low, high = summary["predicted_loss_interval"]
-    assert (summary["law"], summary["predicted_loss"]) == (law, pytest.approx(promised, rel=1e-12))
-    assert low < promised - 0.45 < promised + 0.45 < high
+    assert (summary["law"], summary["predicted_loss"]) == (law, pytest.approx(predicted, rel=1e-12))
+    assert low < predicted - 0.45 < predicted + 0.45 < high
     assert summary["prediction_error"] == summary["predicted_loss"] / summary["val_loss"] - 1
     assert summary["inside_interval"] == (low <= summary["val_loss"] <= high)
-    told = capsys.readouterr()
-    assert f"law: {law} predicts a final validation loss of {promised:.4f} (90%: {low:.4f} to {high:.4f})" in told.out + told.err
-    assert f"law {law} predicted {promised:.4f}" in told.out + told.err
+    reported = capsys.readouterr()
+    assert (
+        f"law: {law} predicts a final validation loss of {predicted:.4f} (90%: {low:.4f} to {high:.4f})"
+        in reported.out + reported.err
+    )
+    assert f"law {law} predicted {predicted:.4f}" in reported.out + reported.err
     rows = metrics_of(recipe)
     assert [row["step"] for row in rows if row.get("forecast_loss")] == [5, 6, 7, 8, 9]
     middle = rows[4]
@@ -52,11 +55,11 @@ def test_the_summary_has_what_was_promised(law, toy_recipe, run_in_process, caps
     assert (Path(recipe.output.run_dir) / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_law_changes_nothing_that_is_learnt(law, toy_recipe, run_in_process, undisturbed):
+def test_a_law_changes_nothing_that_is_learnt(law, toy_recipe, run_in_process, uninterrupted):
     recipe = toy_recipe().model_copy(update={"law": law})
     assert run_in_process(recipe) == 0
-    assert weights_of(recipe) == weights_of(undisturbed["llama"])
-    summary = json.loads((Path(undisturbed["llama"].output.run_dir) / "summary.json").read_text())
+    assert weights_of(recipe) == weights_of(uninterrupted["llama"])
+    summary = json.loads((Path(uninterrupted["llama"].output.run_dir) / "summary.json").read_text())
     assert "law" not in summary
 
 

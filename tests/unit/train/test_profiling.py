@@ -217,8 +217,8 @@ def traced_steps(file):
 
 
 def test_a_profile_writes_trace_and_summary_and_changes_no_loss(tmp_path):
-    said = []
-    assert train(tmp_path, 2, 8, said.append) == train(tmp_path, 0, 8)
+    printed = []
+    assert train(tmp_path, 2, 8, printed.append) == train(tmp_path, 0, 8)
     assert {file.name for file in (tmp_path / "profile").iterdir()} == {"rank-0.trace.json.gz", "summary.md", "summary.json"}
     assert traced_steps(tmp_path / "profile/rank-0.trace.json.gz") == ["ProfilerStep#3", "ProfilerStep#4"]
     summary = json.loads((tmp_path / "profile/summary.json").read_text())
@@ -231,7 +231,7 @@ def test_a_profile_writes_trace_and_summary_and_changes_no_loss(tmp_path):
     products = next(row for row in summary["top"] if row["name"] == "aten::addmm")
     assert products["calls"] == 2
     assert not [row for row in summary["top"] if row["name"].startswith("ProfilerStep")]
-    (text,) = said
+    (text,) = printed
     assert text.startswith("profile of rank 0: ")
     assert "over 2 traced" in text
     assert "a CPU has no memory snapshot" in text
@@ -245,18 +245,18 @@ def test_no_steps_are_no_profile(tmp_path, capfd):
 
 
 def test_other_ranks_write_their_trace_and_say_nothing(tmp_path):
-    said = []
-    train(tmp_path, 2, 8, said.append, rank=3)
+    printed = []
+    train(tmp_path, 2, 8, printed.append, rank=3)
     assert [file.name for file in (tmp_path / "profile").iterdir()] == ["rank-3.trace.json.gz"]
-    assert said == []
+    assert printed == []
 
 
 def test_a_run_that_ends_while_tracing_writes_what_there_is(tmp_path):
-    said = []
-    train(tmp_path, 10, SKIPPED_STEPS + 2, said.append)
+    printed = []
+    train(tmp_path, 10, SKIPPED_STEPS + 2, printed.append)
     assert json.loads((tmp_path / "profile/summary.json").read_text())["num_steps"] == 2
     assert traced_steps(tmp_path / "profile/rank-0.trace.json.gz")[:2] == ["ProfilerStep#3", "ProfilerStep#4"]
-    assert "over 2 traced" in said[0]
+    assert "over 2 traced" in printed[0]
 
 
 def test_an_exception_of_the_run_is_raised_behind_the_profile(tmp_path):
@@ -267,26 +267,26 @@ def test_an_exception_of_the_run_is_raised_behind_the_profile(tmp_path):
 
 @pytest.mark.parametrize("num_steps", range(SKIPPED_STEPS))
 def test_a_run_that_ends_before_says_that_nothing_was_recorded(tmp_path, num_steps):
-    said = []
-    train(tmp_path, 2, num_steps, said.append)
-    assert said == [f"profile: nothing was recorded: the run ended after {num_steps} steps, and tracing starts after 3"]
+    printed = []
+    train(tmp_path, 2, num_steps, printed.append)
+    assert printed == [f"profile: nothing was recorded: the run ended after {num_steps} steps, and tracing starts after 3"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_ends_with_the_skipped_steps_says_that_no_step_was_finished(tmp_path):
-    said = []
-    train(tmp_path, 2, SKIPPED_STEPS, said.append)
-    assert said == [f"profile: no traced step was finished; the trace in {tmp_path}/profile holds a part of one"]
+    printed = []
+    train(tmp_path, 2, SKIPPED_STEPS, printed.append)
+    assert printed == [f"profile: no traced step was finished; the trace in {tmp_path}/profile holds a part of one"]
 
 
 def test_a_folder_that_cannot_be_made_is_reported_and_training_continues(tmp_path, capfd):
     (tmp_path / "profile").write_text("a file in the way")
-    said = []
-    assert train(tmp_path, 2, 8, said.append) == train(tmp_path, 0, 8)
+    printed = []
+    assert train(tmp_path, 2, 8, printed.append) == train(tmp_path, 0, 8)
     reported = capfd.readouterr().err
     assert "rank 0: profile: folder: FileExistsError" in reported
     assert "rank 0: profile: summary: NotADirectoryError" in reported
-    assert "over 2 traced" in said[0]  # printed all the same
+    assert "over 2 traced" in printed[0]  # reported nevertheless
 
 
 def test_a_full_disk_is_reported_and_leaves_no_part_of_a_trace(tmp_path, capfd):
@@ -327,11 +327,11 @@ def test_the_flag_is_refused_where_it_can_trace_nothing(options, message):
 # --- through the training command ---------------------------------------------------------------------------
 
 
-def test_a_profiled_run_trains_as_one_that_is_not(toy_recipe, run_in_process, undisturbed, capsys):
+def test_a_profiled_run_trains_as_one_that_is_not(toy_recipe, run_in_process, uninterrupted, capsys):
     recipe = toy_recipe("profiled")
     assert run_in_process(recipe, profile_steps=2) == 0
-    assert curve_of(recipe) == curve_of(undisturbed["llama"])
-    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+    assert curve_of(recipe) == curve_of(uninterrupted["llama"])
+    assert weights_of(recipe) == weights_of(uninterrupted["llama"])
     folder = Path(recipe.output.run_dir) / "profile"
     assert {file.name for file in folder.iterdir()} == {"rank-0.trace.json.gz", "summary.md", "summary.json"}
     assert traced_steps(folder / "rank-0.trace.json.gz") == ["ProfilerStep#3", "ProfilerStep#4"]

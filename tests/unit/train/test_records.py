@@ -19,9 +19,9 @@ def steps_of(file):
     return [json.loads(line)["step"] for line in file.read_text().splitlines()]
 
 
-def opened(file, last_step=0, said=None):
-    said = [] if said is None else said
-    return StepFile(file, read_records(file, last_step, is_row), is_row, said.append, lambda: None)
+def opened(file, last_step=0, printed=None):
+    printed = [] if printed is None else printed
+    return StepFile(file, read_records(file, last_step, is_row), is_row, printed.append, lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ DONE_TO_IT = ["append", "delete", "replace", "garbage", "truncate", "empty", "re
 @given(actions=st.lists(st.sampled_from(DONE_TO_IT), max_size=30))
 def test_whatever_others_do_undamaged_rows_stay(actions, tmp_path_factory):
     """Deleting and replacing cost nothing; what is cut off in place is lost, and nothing else."""
-    file, said = tmp_path_factory.mktemp("any") / "metrics.jsonl", []
-    written, step, expected = opened(file, said=said), 0, set()
+    file, printed = tmp_path_factory.mktemp("any") / "metrics.jsonl", []
+    written, step, expected = opened(file, printed=printed), 0, set()
     for action in [*actions, "append"]:
         if action == "append":
             written.append(metrics_row(step := step + 1))
@@ -131,12 +131,12 @@ def test_whatever_others_do_undamaged_rows_stay(actions, tmp_path_factory):
     written.close()
     assert steps_of(file) == sorted(expected)
     assert all(is_row(json.loads(line)) for line in file.read_text().splitlines())
-    assert len(said) <= len(actions)
+    assert len(printed) <= len(actions)
 
 
 def test_a_full_disk_keeps_the_lines_until_there_is_room(tmp_path):
-    said = []
-    file = opened(tmp_path / "metrics.jsonl", said=said)
+    printed = []
+    file = opened(tmp_path / "metrics.jsonl", printed=printed)
     file.append(metrics_row(1))
     write = os.write
 
@@ -155,7 +155,7 @@ def test_a_full_disk_keeps_the_lines_until_there_is_room(tmp_path):
     roomy, file._stream = file._stream, Full(file._stream)
     for step in (2, 3):
         file.append(metrics_row(step))
-    assert said == [
+    assert printed == [
         f"{tmp_path}/metrics.jsonl: {os.strerror(errno.ENOSPC)}; training continues, its lines are kept in memory meanwhile"
     ]
     assert steps_of(tmp_path / "metrics.jsonl") == [1]
@@ -170,11 +170,11 @@ def test_a_full_disk_keeps_the_lines_until_there_is_room(tmp_path):
 def test_a_damaged_file_is_kept_under_another_name(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(metrics_row(1))}\nrubbish\n")
     (tmp_path / "metrics.damaged-1.jsonl").write_text("an earlier one")
-    opened(tmp_path / "metrics.jsonl", last_step=5, said=(said := [])).close()
+    opened(tmp_path / "metrics.jsonl", last_step=5, printed=(printed := [])).close()
     assert steps_of(tmp_path / "metrics.jsonl") == [1]
     assert (tmp_path / "metrics.damaged-2.jsonl").read_text() == f"{json.dumps(metrics_row(1))}\nrubbish\n"
     assert (tmp_path / "metrics.damaged-1.jsonl").read_text() == "an earlier one"
-    assert said == [
+    assert printed == [
         f"{tmp_path}/metrics.jsonl: 1 damaged lines are left out; a copy of the file as it was is kept as metrics.damaged-2.jsonl"
     ]
 

@@ -35,8 +35,8 @@ def test_an_anomaly_is_treated_as_without_running_ahead(policy, batch, write_rec
     files = [write_recipe(name) for name in ("ahead", "plain")]
     code = NAN_IN_STEP.format(batch=batch)
     for file, first in zip(files, (AHEAD, ""), strict=True):
-        said = ranks.run("cpu", file, f"anomalies.policy={policy}", code=first + code)
-        assert said.count(f"step {batch + 1}: loss nan: ") == 1
+        printed = ranks.run("cpu", file, f"anomalies.policy={policy}", code=first + code)
+        assert printed.count(f"step {batch + 1}: loss nan: ") == 1
     ahead, plain = map(load_recipe, files)
     assert metrics_of(ahead)[-1]["anomalies"] == 1
     assert curve_of(ahead) == curve_of(plain)

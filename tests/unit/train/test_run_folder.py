@@ -10,14 +10,14 @@ from isoflop.utils.errors import UserError
 
 def test_an_export_replaces_the_model_and_leaves_what_others_put_there(tmp_path):
     folder = RunFolder(str(tmp_path))
-    folder.export(lambda aside: (aside / "model-00001-of-00002.safetensors").write_text("1"))
+    folder.export(lambda tmp: (tmp / "model-00001-of-00002.safetensors").write_text("1"))
     (folder.model / "notes.txt").write_text("mine")
     (folder.model / "model.Q4.gguf").write_text("mine too")
-    folder.export(lambda aside: (aside / "model.safetensors").write_text("2"))
+    folder.export(lambda tmp: (tmp / "model.safetensors").write_text("2"))
     kept = ["model.Q4.gguf", "model.safetensors", "notes.txt"]
     assert sorted(file.name for file in folder.model.iterdir()) == kept
     with pytest.raises(ZeroDivisionError):
-        folder.export(lambda aside: 1 / 0)
+        folder.export(lambda tmp: 1 / 0)
     assert sorted(file.name for file in folder.model.iterdir()) == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == [".model.partial", "model"]
 

@@ -84,8 +84,8 @@ def test_a_killed_run_goes_on_in_the_same_runs_with_each_scalar_once(write_recip
 def test_two_ranks_are_one_run(write_recipe, ranks, trackio):
     """W&B and trackio log on every rank, as accelerate has them."""
     file = write_recipe(output__trackers=["trackio"])
-    said = ranks.run("2gpu_ddp", file, env={"TRACKIO_DIR": str(trackio.parent)})
-    assert said.count("Created new run: toy-") == 1
+    printed = ranks.run("2gpu_ddp", file, env={"TRACKIO_DIR": str(trackio.parent)})
+    assert printed.count("Created new run: toy-") == 1
     ((_, tracked),) = in_trackio(trackio).items()
     assert [step for step, _ in tracked] == list(range(1, 11))
 

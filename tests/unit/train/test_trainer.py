@@ -18,8 +18,8 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 # --- what a run leaves --------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_what_others_rely_on(undisturbed):
-    recipe = undisturbed["llama"]
+def test_a_run_leaves_what_others_rely_on(uninterrupted):
+    recipe = uninterrupted["llama"]
     folder = Path(recipe.output.run_dir)
     assert {path.name for path in folder.iterdir()} == {
         "recipe.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "model", "loss.png",
@@ -63,9 +63,9 @@ def assert_as_trained(model, recipe):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "hybrid"])
-def test_the_saved_model_is_the_trained_one(family, undisturbed, run_in_process):
+def test_the_saved_model_is_the_trained_one(family, uninterrupted, run_in_process):
     """OpenSource by transformers alone, its loss on the held-out windows is the one that was measured while training."""
-    recipe = undisturbed[family]
+    recipe = uninterrupted[family]
     folder = Path(recipe.output.run_dir)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert type(model).__name__ == {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "hybrid": "HybridForCausalLM"}[family]
@@ -90,8 +90,8 @@ def test_a_hybrid_that_amounts_to_a_stock_model_is_saved_as_that(preset, name, w
     assert_as_trained(model, recipe)
 
 
-def test_pipeline_and_tokenizer_open_it(undisturbed):
-    folder = Path(undisturbed["llama"].output.run_dir) / "model"
+def test_pipeline_and_tokenizer_open_it(uninterrupted):
+    folder = Path(uninterrupted["llama"].output.run_dir) / "model"
     text = pipeline("text-generation", model=str(folder))("import os", max_new_tokens=8)[0]["generated_text"]
     assert text.startswith("import os")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -101,14 +101,14 @@ def test_pipeline_and_tokenizer_open_it(undisturbed):
     assert "isoflop" not in json.dumps(config)
 
 
-def test_lm_eval_opens_it(undisturbed, tmp_path):
+def test_lm_eval_opens_it(uninterrupted, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"import os, sys  # {i}\n"}) + "\n" for i in range(4)))
     (tmp_path / "bits.yaml").write_text(
         f"task: local_bits\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
         "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
         "metric_list: [{metric: bits_per_byte}]\nmetadata: {version: 1.0}\n"
     )
-    model = Path(undisturbed["llama"].output.run_dir) / "model"
+    model = Path(uninterrupted["llama"].output.run_dir) / "model"
     done = run_command(
         "lm_eval", "--model", "hf", "--model_args", f"pretrained={model}", "--tasks", "local_bits", "--include_path", tmp_path,
         "--device", "cpu", "--output_path", tmp_path / "out",
@@ -118,8 +118,8 @@ def test_lm_eval_opens_it(undisturbed, tmp_path):
     assert 1 < results["bits_per_byte,none"] < 12
 
 
-def test_a_finished_run_is_left_alone(undisturbed, run_in_process, capsys):
-    recipe = undisturbed["llama"]
+def test_a_finished_run_is_left_alone(uninterrupted, run_in_process, capsys):
+    recipe = uninterrupted["llama"]
     before = {file: file.stat().st_mtime_ns for file in Path(recipe.output.run_dir).rglob("*")}
     assert run_in_process(recipe) == 0
     assert "is finished" in capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_every_recipe_starts_at_the_logarithm_of_its_vocabulary(name, config, to
         for section in ("training", "tokenizer", "data")
         for key, value in toy[section].items()
     ]
-    said = ranks.run(
+    printed = ranks.run(
         config,
         f"recipes/{name}.yaml",
         *overrides,
@@ -170,7 +170,7 @@ def test_every_recipe_starts_at_the_logarithm_of_its_vocabulary(name, config, to
         "evaluation.tasks={}",
         "--dry-run",
     )
-    first = float(re.search(r"one step: loss ([\d.]+)", said)[1])
+    first = float(re.search(r"one step: loss ([\d.]+)", printed)[1])
     assert first == pytest.approx(math.log(model.vocab_size), rel=0.025)  # and half the variance of the first logits
     assert not (tmp_path / "run").exists()
 
@@ -178,26 +178,26 @@ def test_every_recipe_starts_at_the_logarithm_of_its_vocabulary(name, config, to
 # --- the same training, however it is cut -------------------------------------------------------------------
 
 
-def test_accumulation_changes_nothing(toy_recipe, run_in_process, undisturbed):
+def test_accumulation_changes_nothing(toy_recipe, run_in_process, uninterrupted):
     """Sums are taken in another order: equal to 1e-5 in loss after ten steps, not to the bit."""
     recipe = toy_recipe(training__micro_batch_size=1)
     assert run_in_process(recipe) == 0
-    for row, other in zip(metrics_of(recipe), metrics_of(undisturbed["llama"]), strict=True):
+    for row, other in zip(metrics_of(recipe), metrics_of(uninterrupted["llama"]), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("family", ["llama", "gpt2", "hybrid"])
-def test_two_processes_equal_one_that_accumulates_twice(family, undisturbed, write_recipe):
+def test_two_processes_equal_one_that_accumulates_twice(family, uninterrupted, write_recipe):
     file = write_recipe(family=family)
     launch("2cpu_ddp", file)
     recipe = load_recipe(file)
     assert json.loads((Path(recipe.output.run_dir) / "environment.json").read_text())["launch"]["num_processes"] == 2
-    for row, other in zip(metrics_of(recipe), metrics_of(undisturbed[family]), strict=True):
+    for row, other in zip(metrics_of(recipe), metrics_of(uninterrupted[family]), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-    assert metrics_of(recipe)[-1]["val_loss"] == pytest.approx(metrics_of(undisturbed[family])[-1]["val_loss"], abs=1e-5)
+    assert metrics_of(recipe)[-1]["val_loss"] == pytest.approx(metrics_of(uninterrupted[family])[-1]["val_loss"], abs=1e-5)
 
 
 NO_DDP_IS_LEFT_AT_THE_END = """
@@ -231,12 +231,12 @@ def test_the_reducer_is_gone_before_the_process_group(write_recipe, tmp_path):
     assert done.stdout.count("DDP was built [True] and is left 0") == 2
 
 
-def test_measuring_and_sampling_leave_training_untouched(toy_recipe, run_in_process, undisturbed, monkeypatch):
+def test_measuring_and_sampling_leave_training_untouched(toy_recipe, run_in_process, uninterrupted, monkeypatch):
     overrides = {"evaluation__validate_every": 1, "evaluation__sample_every": 2, "output__layer_norms": True}
     recipe = toy_recipe(**overrides, output__trackers=["tensorboard"])
     assert run_in_process(recipe) == 0
-    assert [row[:2] + row[3:] for row in curve_of(recipe)] == [row[:2] + row[3:] for row in curve_of(undisturbed["llama"])]
-    assert weights_of(recipe) == weights_of(undisturbed["llama"])
+    assert [row[:2] + row[3:] for row in curve_of(recipe)] == [row[:2] + row[3:] for row in curve_of(uninterrupted["llama"])]
+    assert weights_of(recipe) == weights_of(uninterrupted["llama"])
     rows = metrics_of(recipe)
     assert all(row["val_loss"] for row in rows)
     assert set(rows[0]["grad_norms"]) == {"embed_tokens", "layers.0", "layers.1", "norm"}
@@ -248,27 +248,27 @@ def test_measuring_and_sampling_leave_training_untouched(toy_recipe, run_in_proc
 
 
 @pytest.mark.parametrize("override", ["training.activation_checkpointing=true", "optimizer.moments_dtype=bfloat16"])
-def test_memory_choices_start_alike_and_learn(override, write_recipe, run_in_process, undisturbed):
+def test_memory_choices_start_alike_and_learn(override, write_recipe, run_in_process, uninterrupted):
     recipe = load_recipe(write_recipe(), [override])
     assert run_in_process(recipe) == 0
-    ours, theirs = metrics_of(recipe), metrics_of(undisturbed["llama"])
+    ours, theirs = metrics_of(recipe), metrics_of(uninterrupted["llama"])
     assert ours[0]["loss"] == theirs[0]["loss"]
     assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], rel=2e-3)
 
 
-def test_bf16_learns_as_fp32(write_recipe, undisturbed):
+def test_bf16_learns_as_fp32(write_recipe, uninterrupted):
     file = write_recipe()
     run_command("accelerate", "launch", "--cpu", "--mixed_precision", "bf16", "scripts/pretrain.py", file)
-    ours, theirs = metrics_of(load_recipe(file)), metrics_of(undisturbed["llama"])
+    ours, theirs = metrics_of(load_recipe(file)), metrics_of(uninterrupted["llama"])
     assert ours[0]["loss"] != theirs[0]["loss"]
     assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], rel=5e-3)
 
 
 @pytest.mark.slow
-def test_compiled_layers_learn_as_eager(write_recipe, run_in_process, undisturbed):
+def test_compiled_layers_learn_as_eager(write_recipe, run_in_process, uninterrupted):
     recipe = load_recipe(write_recipe(), ["training.compile=true"])
     assert run_in_process(recipe) == 0
-    assert metrics_of(recipe)[-1]["val_loss"] == pytest.approx(metrics_of(undisturbed["llama"])[-1]["val_loss"], rel=1e-4)
+    assert metrics_of(recipe)[-1]["val_loss"] == pytest.approx(metrics_of(uninterrupted["llama"])[-1]["val_loss"], rel=1e-4)
 
 
 def test_training_learns_more_than_token_frequencies(toy_recipe, run_in_process):
