@@ -10,7 +10,7 @@ import argparse
 import math
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib.figure
 import numpy as np
@@ -29,6 +29,7 @@ from isoflop.prepare.run import prepare
 from isoflop.sweep.design import Run
 from isoflop.sweep.runner import Runner, slots_of
 from isoflop.train.run_folder import RunFolder
+from isoflop.train.summary import RunSummary
 from isoflop.utils.tables import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ class Result(NamedTuple):
     name: str
     runs: list[Run]
     losses: list[float]
-    summaries: list[dict[str, Any]]
+    summaries: list[RunSummary]
 
 
 class Worth(NamedTuple):
@@ -137,9 +138,9 @@ def loss_of(run: Run, windows: torch.Tensor) -> float:
     return math.fsum(losses) / len(windows)
 
 
-def summary_of(run: Run) -> dict[str, Any]:
+def summary_of(run: Run) -> RunSummary:
     """What a run ended with."""
-    summary = RunFolder(run.recipe.output.run_dir).finished()
+    summary = RunFolder(run.recipe.output.run_dir).read_summary()
     assert summary is not None
     return summary
 
@@ -280,13 +281,13 @@ def _loss_row(result: Result, worths: dict[str, Worth]) -> list[str]:
 
 
 def _cost_row(result: Result, baseline: Result) -> list[str]:
-    speeds, beside = ([s["tokens_per_s"] for s in each.summaries] for each in (result, baseline))
+    speeds, beside = ([s.tokens_per_s for s in each.summaries] for each in (result, baseline))
     ratios = [speed / other for speed, other in zip(speeds, beside, strict=True)]
     run = result.runs[0]
     return [
         f"`{result.name}`", f"{run.parameters:,}", f"{run.tokens:,}", f"{run.flops:.3g}", f"{statistics.median(speeds):,.0f}",
-        f"{statistics.median(ratios):.2f}", f"{statistics.median(s['peak_memory_bytes'] for s in result.summaries) / 1e6:,.0f}",
-        f"{statistics.median(s['elapsed_s'] for s in result.summaries) / 60:.1f}",
+        f"{statistics.median(ratios):.2f}", f"{statistics.median(s.peak_memory_bytes for s in result.summaries) / 1e6:,.0f}",
+        f"{statistics.median(s.elapsed_s for s in result.summaries) / 60:.1f}",
     ]  # fmt: skip
 
 

@@ -233,7 +233,7 @@ def test_laws(fuzz, tmp_path, toy_tree):
         with np.errstate(all="ignore"):
             law.predict(model, 1e9)
             law.optimum(1e18)
-            law.extrapolates(law.size(model), 1e9)
+            law.extrapolates(law.model_size(model), 1e9)
             law.forecast(3.0, 0.7, "cosine", model, 1e9)
 
     fuzz(file, call, 600, "recipe, law or sweep", yaml.safe_load, yaml_of)

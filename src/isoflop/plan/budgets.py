@@ -242,7 +242,7 @@ def _search_and_plan(
 ) -> BudgetPlan:
     flops: float | FlopsOf = budget.flops if isinstance(budget, GpuHours) else budget
     ranked = search(family, flops, law, constraint)
-    outside = law.outside(law.size(ranked[0].model), ranked[0].tokens, ranked[0].model.vocab_size)
+    outside = law.outside(law.model_size(ranked[0].model), ranked[0].tokens, ranked[0].model.vocab_size)
     if outside:
         ranked = by_rule_of_thumb(search(family, flops, load_law(DEFAULT_LAW), constraint))  # of any depth
     best, ties = ranked[0], ranked[:1] if outside else near_optimal(ranked)

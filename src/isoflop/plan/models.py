@@ -80,7 +80,7 @@ def plan_model(
     new = NewRecipe(
         published.model,
         tokens,
-        float(own_law.loss(own_law.size(published.model), tokens)),
+        float(own_law.loss(own_law.model_size(published.model), tokens)),
         family,
         own_law,
         named_law=law is not None,
@@ -114,7 +114,7 @@ def plan_shape(
     new = NewRecipe(
         model,
         tokens,
-        float(own_law.loss(own_law.size(model), tokens)),
+        float(own_law.loss(own_law.model_size(model), tokens)),
         of_family,
         own_law,
         named_law=law is not None,

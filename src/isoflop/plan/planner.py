@@ -109,7 +109,7 @@ def plan_recipe(
     stats = training_stats(recipe)
     laws = {known: law_prediction(load_law(known), recipe, stats.tokens) for known in PUBLISHED}
     laws[law.name] = law_prediction(law, recipe, stats.tokens)
-    by_formula = float(law.loss(law.size(recipe.model), stats.tokens))
+    by_formula = float(law.loss(law.model_size(recipe.model), stats.tokens))
     plan = Plan(
         recipe=recipe,
         name=name,
@@ -162,7 +162,7 @@ def training_stats(recipe: Recipe) -> TrainingStats:
 
 def law_prediction(law: Law, recipe: Recipe, tokens: float) -> LawPrediction:
     """Return a law's prediction for a recipe, and its best split of as many FLOPs."""
-    n, model = law.size(recipe.model), recipe.model
+    n, model = law.model_size(recipe.model), recipe.model
     best_n, best_d = law.optimum(6 * n * tokens)
     known = law.outside(best_n, best_d, model.vocab_size) is None
     return LawPrediction(
@@ -182,7 +182,7 @@ def repeated_data(recipe: Recipe, tokens: int, law: Law) -> RepeatedData | None:
     if unique is None:
         return None
     effective = float(effective_tokens(tokens, unique))
-    n, vocab_size = law.size(recipe.model), recipe.model.vocab_size
+    n, vocab_size = law.model_size(recipe.model), recipe.model.vocab_size
     known = law.outside(n, tokens, vocab_size) is None and law.outside(n, effective, vocab_size) is None
     return RepeatedData(unique, source, tokens / unique, effective, float(law.loss(n, effective)) if known else None)
 

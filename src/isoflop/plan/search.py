@@ -69,7 +69,7 @@ def search(
             f"--constrain-tokens-per-parameter {low:g} {high:g}: no shape of family {family.name} has D/N between these at"
             f" {budgets.max():.4g} FLOPs; the nearest has {nearest:.4g}"
         )
-    losses = law.loss(np.array([law.size(shapes[i]) for i in kept]), tokens[kept])
+    losses = law.loss(np.array([law.model_size(shapes[i]) for i in kept]), tokens[kept])
     ranked = sorted(zip(losses, kept, strict=True))
     edges = {i: family.on_edge(shapes[i], layers is not None and layers[0] == layers[1]) for i in kept}
     return [Candidate(shapes[i], int(n[i]), float(tokens[i]), float(budgets[i]), float(loss), edges[i]) for loss, i in ranked]

@@ -15,7 +15,7 @@ from isoflop.plan.families import PUBLISHED_MODELS
 from isoflop.plan.planned_recipe import PlannedRecipe
 from isoflop.plan.report import MINUTE, NO_PREDICTION, benchmark_text, duration, gib
 from isoflop.plan.results import GpuCost, LaunchNeeds, Plan
-from isoflop.scaling.laws import Forecast
+from isoflop.scaling.laws import Prediction
 from isoflop.utils.tables import short, table
 
 MOST_LINES = 12
@@ -69,7 +69,7 @@ def model_and_loss(plan: Plan) -> list[str]:
     if own.predicted_loss is None:
         loss = f"law {plan.law} has no prediction: {own.outside}"
     else:
-        forecast = Forecast(own.predicted_loss, own.predicted_loss_interval)
+        forecast = Prediction(own.predicted_loss, own.predicted_loss_interval)
         loss = f"{forecast} by law {plan.law}, nats per token of the law's own data"
     return [
         f"{plan.name}: {plan.recipe.model.model_type}, {shape.num_layers} layers x {shape.hidden_size},"

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -22,7 +21,8 @@ from isoflop.publish import sections
 from isoflop.publish.files import read_environment, read_metrics
 from isoflop.publish.redaction import published_environment, published_recipe
 from isoflop.train.run_folder import RunFolder
-from isoflop.train.summary import require_summary
+from isoflop.train.summary import RunSummary
+from isoflop.utils.errors import UserError
 
 UNKNOWN_LICENSE = "unknown"  # the Hub's identifier if none is stated
 
@@ -33,32 +33,34 @@ def model_card(folder: RunFolder, repo_id: str, license: str | None, revisions: 
     The same files give the same card, byte for byte.
     """
     trained = load_recipe(folder.path / "recipe.yaml")
-    recipe, summary = published_recipe(trained), require_summary(folder.summary, folder.finished() or {})
+    recipe, summary = published_recipe(trained), folder.read_summary()
+    if summary is None:
+        raise UserError(f"{folder.path} is not finished: it has no summary.json; resume it with the command that started it")
     scores, launches = read_scores(folder.evaluations), published_environment(read_environment(folder))["launches"]
     values = {
         "metadata": metadata(recipe, summary, scores, repo_id, license).to_yaml(),
         "repo_id": repo_id,
         "remote_code": sections.remote_code(recipe),
         "name": repo_id.split("/")[-1],
-        "parameters": sections.rounded(summary["parameters"]),
-        "tokens": sections.rounded(summary["tokens"]),
-        "tokens_per_parameter": summary["tokens"] / summary["parameters"],
+        "parameters": sections.rounded(summary.parameters),
+        "tokens": sections.rounded(summary.tokens),
+        "tokens_per_parameter": summary.tokens / summary.parameters,
         "sources": sections.data_name(recipe),
         "summary": summary,
         "architecture": sections.architecture(recipe),
         "training": sections.training(recipe, summary, launches),
         "launches": [sections.command_line(launch) for launch in launches],
         "version": launches[-1]["versions"].get("isoflop", "unknown"),
-        "data": sections.data(recipe, trained.data.prepared_dir, summary),
+        "data": sections.data(recipe, trained.data.prepared_dir, summary.tokens),
         "recipe": recipe,
         "recipe_yaml": to_yaml(recipe, exclude_none=True).strip(),
         "has_curve": folder.curve.is_file(),
         "laws": sections.laws(recipe, summary),
         "own_law": sections.own_law(summary),
-        "extrapolations": sections.extrapolations(recipe, summary),
-        "scores": score_markdown(scores, summary["parameters"]) if scores else None,
+        "extrapolations": sections.extrapolations(recipe, summary.tokens),
+        "scores": score_markdown(scores, summary.parameters) if scores else None,
         "prompt": (recipe.evaluation.sample_prompts or ["The"])[0],
-        "sample": sections.fenced(summary["samples"][0]) if summary["samples"] else None,
+        "sample": sections.fenced(summary.samples[0]) if summary.samples else None,
         "revisions": sections.revisions(revisions, read_metrics(folder)),
     }
     template = (files(__package__) / "card.md").read_text(encoding="utf-8")
@@ -66,11 +68,11 @@ def model_card(folder: RunFolder, repo_id: str, license: str | None, revisions: 
     return ModelCard(environment.from_string(template).render(values))
 
 
-def metadata(recipe: Recipe, summary: dict[str, Any], scores: list[Score], repo_id: str, license: str | None) -> ModelCardData:
+def metadata(recipe: Recipe, summary: RunSummary, scores: list[Score], repo_id: str, license: str | None) -> ModelCardData:
     """Return the metadata that the Hub reads: licence, data, tags, and the finite losses and scores."""
     measured = [
-        ("loss", "validation loss (nats per token)", summary["val_loss"]),
-        ("bits_per_byte", "bits per byte", summary["bits_per_byte"]),
+        ("loss", "validation loss (nats per token)", summary.val_loss),
+        ("bits_per_byte", "bits per byte", summary.bits_per_byte),
     ]
     of_training = [
         EvalResult(

@@ -12,9 +12,10 @@ from isoflop.config.recipe import Recipe
 from isoflop.config.recipe_data import HubSource, PythonSource, Source
 from isoflop.data.manifest import FILE_NAME, read_manifest
 from isoflop.plan import cost
-from isoflop.scaling.laws import PUBLISHED, Forecast, NoPrediction, load_law
+from isoflop.scaling.laws import PUBLISHED, NoPrediction, Prediction, load_law
 from isoflop.train.export import OPENED_WITH, is_stock
 from isoflop.train.records import Row
+from isoflop.train.summary import RunSummary
 from isoflop.utils.tables import markdown
 
 LAWS = ("hoffmann", "besiroglu")  # the default, and the one whose bootstrap gives an interval
@@ -72,18 +73,18 @@ def architecture(recipe: Recipe) -> str:
     )
 
 
-def training(recipe: Recipe, summary: dict[str, Any], launches: list[dict[str, Any]]) -> str:
+def training(recipe: Recipe, summary: RunSummary, launches: list[dict[str, Any]]) -> str:
     """Return tokens, compute, hardware, time and versions."""
-    n, d, newest = summary["parameters"], summary["tokens"], launches[-1]
-    mfu = f"{summary['mfu']:.1%}" if summary["mfu"] else "n/a"
+    n, d, newest = summary.parameters, summary.tokens, launches[-1]
+    mfu = f"{summary.mfu:.1%}" if summary.mfu else "n/a"
     return _facts(
         {
-            "tokens (D)": f"{d:,} = {summary['steps']:,} steps x {recipe.training.tokens_per_step:,}",
+            "tokens (D)": f"{d:,} = {summary.steps:,} steps x {recipe.training.tokens_per_step:,}",
             "tokens per parameter (D/N)": f"{d / n:.2f}",
-            "FLOPs": f"{summary['flops']:.3e} (6 N D: {6 * n * d:.3e})",
+            "FLOPs": f"{summary.flops:.3e} (6 N D: {6 * n * d:.3e})",
             "hardware": "; then ".join(dict.fromkeys(_hardware(launch) for launch in launches)),
-            "hours": f"{summary['elapsed_s'] / 3600:.3g}",
-            "median throughput": f"{summary['tokens_per_s']:,.0f} tokens/s, MFU {mfu}",
+            "hours": f"{summary.elapsed_s / 3600:.3g}",
+            "median throughput": f"{summary.tokens_per_s:,.0f} tokens/s, MFU {mfu}",
             "versions": ", ".join(f"{name} {version}" for name, version in newest["versions"].items()),
             "commit of the code": newest["commit"] or "an installed copy",
         }
@@ -105,31 +106,32 @@ def command_line(launch: dict[str, Any]) -> str:
     return f"{shlex.join(launch['command'])}  # {processes}, {precision}, from step {how['resumed_from_step']:,}"
 
 
-def data(recipe: Recipe, prepared_dir: str, summary: dict[str, Any]) -> str:
+def data(recipe: Recipe, prepared_dir: str, tokens: int) -> str:
     """Return each source's share of the tokens, and its epochs if the prepared folder is there."""
     shares, sources = recipe.data.shares(), recipe.data.sources()
     rows = {name: [_source_name(sources[name]), f"{share:.2%}", "n/a", "n/a"] for name, share in shares.items()}
     if (Path(prepared_dir) / FILE_NAME).is_file():
         manifest = read_manifest(prepared_dir)
         order = manifest.order(shares, recipe.seed)
-        counts = order.counts(summary["tokens"] // recipe.training.sequence_length)
+        counts = order.counts(tokens // recipe.training.sequence_length)
         for name, count, size in zip(shares, counts, order.sizes, strict=True):
             commit = manifest.sources[name].revision or "n/a"
             rows[name][1:] = [f"{count / max(1, sum(counts)):.2%}", f"{count / size:.2f}", commit]
     return markdown(["source", "share of the tokens", "epochs", "commit"], rows.values())
 
 
-def laws(recipe: Recipe, summary: dict[str, Any]) -> str:
+def laws(recipe: Recipe, summary: RunSummary) -> str:
     """Return the losses that laws predict for this run, the run's own law first, and the measured one."""
-    predictions = {name: load_law(name).predict(recipe.model, summary["tokens"]) for name in LAWS}
+    predictions = {name: load_law(name).predict(recipe.model, summary.tokens) for name in LAWS}
     if own := own_law(summary):
-        predicted = Forecast(summary["predicted_loss"], summary["predicted_loss_interval"])
-        predictions = {own: NoPrediction(summary["outside"]) if summary.get("outside") else predicted} | predictions
-    rows = [[name, *_prediction(predicted), f"{summary['val_loss']:.4f}"] for name, predicted in predictions.items()]
+        loss, why_not = summary.predicted_loss, summary.outside
+        own_prediction = NoPrediction(why_not or "") if loss is None else Prediction(loss, summary.predicted_loss_interval)
+        predictions = {own: own_prediction} | predictions
+    rows = [[name, *_prediction(predicted), f"{summary.val_loss:.4f}"] for name, predicted in predictions.items()]
     return markdown(["law", "predicted loss", "interval", "measured validation loss"], rows)
 
 
-def _prediction(predicted: Forecast | NoPrediction) -> list[str]:
+def _prediction(predicted: Prediction | NoPrediction) -> list[str]:
     """Return a predicted loss and its interval, or why there is none."""
     if isinstance(predicted, NoPrediction):
         return [str(predicted), "n/a"]
@@ -137,16 +139,15 @@ def _prediction(predicted: Forecast | NoPrediction) -> list[str]:
     return [f"{loss:.4f}", "n/a" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"]
 
 
-def own_law(summary: dict[str, Any]) -> str | None:
+def own_law(summary: RunSummary) -> str | None:
     """Return the law that the run was compared with, unless it is a published one."""
-    law: str | None = summary.get("law")
-    return None if law in PUBLISHED else law
+    return None if summary.law in PUBLISHED else summary.law
 
 
-def extrapolations(recipe: Recipe, summary: dict[str, Any]) -> list[str]:
+def extrapolations(recipe: Recipe, tokens: int) -> list[str]:
     """Return the laws whose prediction of this run is an extrapolation, and how far."""
-    known = [law for law in map(load_law, LAWS) if isinstance(law.predict(recipe.model, summary["tokens"]), Forecast)]
-    found = {law.name: law.extrapolates(law.size(recipe.model), summary["tokens"]) for law in known}
+    known = [law for law in map(load_law, LAWS) if isinstance(law.predict(recipe.model, tokens), Prediction)]
+    found = {law.name: law.extrapolates(law.model_size(recipe.model), tokens) for law in known}
     return [f"{name}: {'; '.join(beyond)}" for name, beyond in found.items() if beyond]
 
 

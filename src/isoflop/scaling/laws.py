@@ -103,7 +103,7 @@ class LossDecayModel(Section):
         return middle, low, high
 
 
-class Forecast(NamedTuple):
+class Prediction(NamedTuple):
     """Predicted loss of a run in nats per token, with its 90% interval."""
 
     loss: float
@@ -123,7 +123,7 @@ class NoPrediction(NamedTuple):
         return f"no prediction: {self.reason}"
 
 
-def prediction_json(predicted: Forecast | NoPrediction) -> dict[str, Any]:
+def prediction_json(predicted: Prediction | NoPrediction) -> dict[str, Any]:
     """Return a prediction under its JSON keys; `outside` is the reason if there is none, else None."""
     if isinstance(predicted, NoPrediction):
         return {"predicted_loss": None, "predicted_loss_interval": None, "outside": predicted.reason}
@@ -165,7 +165,7 @@ class Law(Section):
                     raise ValueError(f"{name} = {value:g} is not an exponent from {low:g} to {high:g}")
         return self
 
-    def size(self, model: Model) -> int:
+    def model_size(self, model: Model) -> int:
         """Return a model's N as this law counts it."""
         classes = cost.parameters_by_class(model)
         left_out = ("embedding", "position", "head") if self.counts == "without_vocabulary" else ()
@@ -178,28 +178,28 @@ class Law(Section):
         """
         return self._powers(self._values()).loss(np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float))
 
-    def predict(self, model: Model | float, tokens: float) -> Forecast | NoPrediction:
+    def predict(self, model: Model | float, tokens: float) -> Prediction | NoPrediction:
         """Return the predicted loss of one run, or the reason why there is none.
 
         `model` is a recipe's model section, or N as the law counts it. The 90% interval spans the bootstrap draws and, if the
         law holds them, the residuals of single runs.
         """
-        size, vocab_size = (self.size(model), model.vocab_size) if isinstance(model, BaseModel) else (model, None)
+        size, vocab_size = (self.model_size(model), model.vocab_size) if isinstance(model, BaseModel) else (model, None)
         if reason := self.outside(size, tokens, vocab_size):
             return NoPrediction(reason)
         loss = float(self.loss(size, tokens))
         if not self.draws:
-            return Forecast(loss, None)
+            return Prediction(loss, None)
         scattered = np.outer(self._drawn(size, tokens), np.exp(self.residuals or [0.0]))
         low, high = np.quantile(scattered, INTERVAL)
-        return Forecast(loss, (float(low), float(high)))
+        return Prediction(loss, (float(low), float(high)))
 
     def describe(self, model: Model, tokens: float) -> str:
         """Return a sentence with the predicted loss of one run and how far it extrapolates, or with the reason for none."""
         predicted = self.predict(model, tokens)
         if isinstance(predicted, NoPrediction):
             return f"{self.name}: {predicted}"
-        beyond = "; ".join(self.extrapolates(self.size(model), tokens, cost.shape_of(model).num_layers))
+        beyond = "; ".join(self.extrapolates(self.model_size(model), tokens, cost.shape_of(model).num_layers))
         return f"{self.name} predicts a final validation loss of {predicted}" + (
             f"; an extrapolation: {beyond}" if beyond else ""
         )
@@ -214,7 +214,7 @@ class Law(Section):
         loss, guessing = float(self.loss(parameters, tokens)), math.log(vocab_size) if vocab_size else math.inf
         return f"it gives {loss:.2f} nats, more than guessing: ln(vocabulary) = {guessing:.2f}" if loss > guessing else None
 
-    def forecast(self, loss: float, share: float, schedule: str, model: Model, tokens: float) -> Forecast | None:
+    def forecast(self, loss: float, share: float, schedule: str, model: Model, tokens: float) -> Prediction | None:
         """Return the predicted final validation loss of a run over `tokens` that has `loss` after a share of them.
 
         None before the first share of `progress.gaps`, at the end of the run, under another learning-rate schedule, and for a law
@@ -222,8 +222,8 @@ class Law(Section):
         """
         if self.progress is None or schedule != self.progress.schedule or not self.progress.gaps[0][0] <= share < 1:
             return None
-        middle, low, high = (loss * float(np.exp(-gap)) for gap in self.progress.log_gap(share, self.size(model), tokens))
-        return Forecast(middle, (high, low))
+        middle, low, high = (loss * float(np.exp(-gap)) for gap in self.progress.log_gap(share, self.model_size(model), tokens))
+        return Prediction(middle, (high, low))
 
     def _drawn(self, parameters: float, tokens: float) -> NDArray[np.float64]:
         return self._powers(np.asarray(self.draws).T).loss(np.asarray(parameters), np.asarray(tokens))

@@ -83,13 +83,13 @@ def _run_folders(paths: list[str]) -> list[str]:
 
 
 def _finished(run: RunHistory) -> Finished:
-    summary = run.folder.finished()
+    summary = run.folder.read_summary()
     assert summary is not None  # the caller selects finished runs
     try:
         unique = read_manifest(run.recipe.data.prepared_dir).windows("train") * run.recipe.training.sequence_length
     except UserError:  # the prepared data are on another machine
         unique = None
-    return Finished(run, summary["tokens"], summary["flops"], summary["val_loss"], unique)
+    return Finished(run, summary.tokens, summary.flops, summary.val_loss, unique)
 
 
 def _require_comparable(runs: list[RunHistory]) -> None:

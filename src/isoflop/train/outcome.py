@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from isoflop.config.recipe import Recipe
 from isoflop.evaluate.scores import scores_of, write_results
 from isoflop.plan import cost
-from isoflop.scaling.laws import Forecast, NoPrediction, prediction_json
+from isoflop.scaling.laws import NoPrediction, Prediction, prediction_json
 from isoflop.train.evaluation import bits_per_byte, sample_texts
 from isoflop.train.export import export_checkpoint
 from isoflop.train.metrics import MetricsLog
@@ -129,7 +129,7 @@ def prediction(job: Job, measured: float) -> dict[str, Any]:
     if predicted is None:
         return {}
     error, inside = None, None
-    if isinstance(predicted, Forecast):
+    if isinstance(predicted, Prediction):
         low, high = predicted.interval or (math.nan, math.nan)
         error, inside = predicted.loss / measured - 1, low <= measured <= high if predicted.interval else None
     return {"law": job.recipe.law} | prediction_json(predicted) | {"prediction_error": error, "inside_interval": inside}
@@ -161,7 +161,7 @@ def report(folder: RunFolder, summary: RunSummary) -> str:
         lines.append(f"law {s.law}: {NoPrediction(s.outside)}; measured {s.val_loss:.4f}")
     elif s.law is not None and s.predicted_loss is not None:
         inside = {True: ", inside the interval", False: ", outside the interval", None: ""}[s.inside_interval]
-        predicted = Forecast(s.predicted_loss, s.predicted_loss_interval)
+        predicted = Prediction(s.predicted_loss, s.predicted_loss_interval)
         lines.append(f"law {s.law} predicted {predicted}, measured {s.val_loss:.4f}: {s.prediction_error:+.2%}{inside}")
     if s.missing_steps:
         lines.append(f"{folder.metrics}: rows are missing: {describe_steps(s.missing_steps)}")

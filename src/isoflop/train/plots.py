@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from isoflop.scaling.laws import Forecast, NoPrediction
+from isoflop.scaling.laws import NoPrediction, Prediction
 from isoflop.train.records import Row, TrainingCurve, missing_steps
 from isoflop.utils.io import atomic_path
 
@@ -22,7 +22,7 @@ def draw_curve(
     file: Path,
     title: str,
     unigram_entropy: float,
-    predicted: Forecast | NoPrediction | None = None,
+    predicted: Prediction | NoPrediction | None = None,
     total_tokens: int = 0,
 ) -> None:
     """Draw training and validation loss against tokens, the unigram entropy for scale, and any downstream scores below.
@@ -37,7 +37,7 @@ def draw_curve(
     figure = matplotlib.figure.Figure(figsize=(8, 8 if scores else 5), layout="constrained")
     axes, *below = figure.subplots(2 if scores else 1, squeeze=False, sharex=True)[:, 0]
     _draw_losses(axes, curve)
-    if isinstance(predicted, Forecast):
+    if isinstance(predicted, Prediction):
         _draw_prediction(axes, rows, predicted, total_tokens)
     axes.axhline(unigram_entropy, color="#777777", linestyle="--", linewidth=1, label="token frequencies alone")
     axes.set(ylabel="loss (nats per token)", title=title)
@@ -80,7 +80,7 @@ def _draw_losses(axes: Any, curve: TrainingCurve) -> None:
         axes.axvspan((first - 1) * per_step, last * per_step, color="#cccccc", alpha=0.5, linewidth=0, **label)
 
 
-def _draw_prediction(axes: Any, rows: list[Row], predicted: Forecast, total_tokens: int) -> None:
+def _draw_prediction(axes: Any, rows: list[Row], predicted: Prediction, total_tokens: int) -> None:
     """Draw the law's prediction at the run's end, and the forecasts made during the run."""
     axes.plot([total_tokens] * 2, predicted.interval or [predicted.loss] * 2, "_-", color="#2e8b57", markersize=8)
     axes.plot([total_tokens], [predicted.loss], "D", color="#2e8b57", label="predicted by the law, 90%")

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import ValidationError
 
-from isoflop.config.loading import load_recipe, to_yaml
+from isoflop.config.loading import explain_errors, load_recipe, to_yaml
 from isoflop.config.recipe import Recipe, differences
-from isoflop.train.summary import RunSummary, require_summary
+from isoflop.train.summary import RunSummary
 from isoflop.utils.credentials import hide_in_command
 from isoflop.utils.errors import UserError
 from isoflop.utils.io import atomic_write, has_keys, is_lock, lock, replace_folder, require_own_folder
@@ -92,17 +93,15 @@ class RunFolder:
         """Return the free space where the folder is, or will be."""
         return shutil.disk_usage(next(p for p in (self.path, *self.path.absolute().parents) if p.exists())).free
 
-    def finished(self) -> dict[str, Any] | None:
-        """Return the values of a finished run's `summary.json`, else None. Raises `UserError` where it is damaged."""
+    def read_summary(self) -> RunSummary | None:
+        """Return the summary of a finished run, else None. Raises `UserError` where it is damaged."""
         if not self.summary.exists():
             return None
         remedy = "delete it, and the command that trained the run writes it from the last checkpoint"
-        return require_summary(self.summary, read_json(self.summary, remedy))
-
-    def read_summary(self) -> RunSummary | None:
-        """Return the summary of a finished run, else None. Raises `UserError` where it is damaged."""
-        values = self.finished()
-        return None if values is None else RunSummary.read(values, self.path)
+        try:
+            return RunSummary.read(read_json(self.summary, remedy), self.path)
+        except ValidationError as error:
+            raise UserError(f"{self.summary}: {explain_errors(error, RunSummary)}; {remedy}") from None
 
     def claim(self) -> None:
         """Lock the folder for this process; the kernel releases the lock when the process ends, however it ends."""

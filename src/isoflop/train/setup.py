@@ -29,7 +29,7 @@ from isoflop.modeling.documents import document_bounds, document_positions
 from isoflop.modeling.loss import TrainingModel
 from isoflop.plan import cost, hardware
 from isoflop.publish.background import BackgroundPush
-from isoflop.scaling.laws import Forecast, Law, NoPrediction, load_law
+from isoflop.scaling.laws import Law, NoPrediction, Prediction, load_law
 from isoflop.train.cpu import describe_cpu
 from isoflop.train.devices import lacks_bf16
 from isoflop.train.engines import configure_accumulation, launch_of, prepare, require_supported
@@ -153,7 +153,7 @@ class Job:
         recipe = self.recipe
         return cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, self.launch)
 
-    def predicted(self) -> Forecast | NoPrediction | None:
+    def predicted(self) -> Prediction | NoPrediction | None:
         """Return the final validation loss that the recipe's law predicts, or why it predicts none; None without a law."""
         tokens = self.num_steps * self.recipe.training.tokens_per_step
         return None if self.law is None else self.law.predict(self.recipe.model, tokens)

@@ -6,10 +6,8 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from isoflop.config.loading import explain_errors
-from isoflop.utils.errors import UserError
 from isoflop.utils.html import html_image, html_table
 
 
@@ -82,15 +80,3 @@ class RunSummary(BaseModel):
         if self.law is not None and self.predicted_loss is None and not self.outside:
             raise ValueError(f"law = {self.law[:50]!r} comes with a predicted_loss, or with the reason why not, outside")
         return self
-
-
-def require_summary(file: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Return a summary unchanged. Raises `UserError` where it is not as a run writes it."""
-    try:
-        RunSummary.model_validate(summary)
-    except ValidationError as error:
-        raise UserError(
-            f"{file}: {explain_errors(error, RunSummary)}; delete it, and the command that trained the run writes it from the"
-            " last checkpoint"
-        ) from None
-    return summary

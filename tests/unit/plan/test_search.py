@@ -37,7 +37,9 @@ def test_every_candidate_spends_the_budget_and_they_come_in_order(name, law_name
         per_token = cost.flops_per_token(candidate.model, members.sequence_length)
         assert candidate.tokens * per_token == pytest.approx(flops, rel=1e-12)
         assert candidate.parameters == cost.parameters(candidate.model)
-        assert candidate.predicted_loss == pytest.approx(float(law.loss(law.size(candidate.model), candidate.tokens)), rel=1e-12)
+        assert candidate.predicted_loss == pytest.approx(
+            float(law.loss(law.model_size(candidate.model), candidate.tokens)), rel=1e-12
+        )
         assert candidate.tokens_per_parameter >= 1
     losses = [candidate.predicted_loss for candidate in found]
     assert losses == sorted(losses)

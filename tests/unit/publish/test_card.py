@@ -20,6 +20,7 @@ from isoflop.publish.files import run_files
 from isoflop.publish.redaction import published_recipe
 from isoflop.scaling.laws import load_law
 from isoflop.train.run_folder import RunFolder
+from isoflop.train.summary import RunSummary
 
 RESULTS = {
     "results": {
@@ -38,6 +39,15 @@ def run(uninterrupted, tmp_path):
     folder = tmp_path / "runs" / "toy"
     shutil.copytree(uninterrupted["llama"].output.run_dir, folder)
     return RunFolder(str(folder))
+
+
+def summary_with(**values):
+    """A summary of a run under no law, with some values."""
+    zeros = dict.fromkeys(
+        ("loss", "unigram_entropy_nats", "tokens_per_s", "predicted_memory_bytes", "peak_memory_bytes", "elapsed_s"), 0
+    )
+    ones = dict.fromkeys(("steps", "tokens", "parameters", "flops", "val_loss", "bits_per_byte"), 1)
+    return RunSummary(**zeros | ones | {"mfu": None, "samples": []} | values)
 
 
 def rows(card, header):
@@ -141,16 +151,18 @@ def test_laws_stand_beside_what_was_measured(run, uninterrupted):
 
 def test_published_laws_stand_on_the_card_of_a_run_of_their_size():
     recipe = load_recipe(ROOT / "recipes/llama2_1.36b.yaml")
-    summary = {"tokens": 2_000_000_000, "val_loss": 2.9}
+    summary = summary_with(tokens=2_000_000_000, val_loss=2.9)
     low, high = load_law("besiroglu").predict(recipe.model, 2e9).interval
     n = 1_294_159_104
     assert sections.laws(recipe, summary).splitlines()[2:] == [
         f"| hoffmann | {load_law('hoffmann').loss(n, 2e9):.4f} | n/a | 2.9000 |",
         f"| besiroglu | {load_law('besiroglu').loss(n, 2e9):.4f} | {low:.4f} to {high:.4f} | 2.9000 |",
     ]
-    assert sections.extrapolations(recipe, summary) == ["hoffmann: 2e+09 tokens (fitted on 5e+09 to 5e+11)"]
+    assert sections.extrapolations(recipe, summary.tokens) == ["hoffmann: 2e+09 tokens (fitted on 5e+09 to 5e+11)"]
     own = {"law": "mine.json", "predicted_loss": None, "predicted_loss_interval": None, "outside": "its data end at 1B tokens"}
-    assert "| mine.json | no prediction: its data end at 1B tokens | n/a | 2.9000 |" in sections.laws(recipe, summary | own)
+    assert "| mine.json | no prediction: its data end at 1B tokens | n/a | 2.9000 |" in sections.laws(
+        recipe, summary.model_copy(update=own)
+    )
 
 
 def test_a_law_of_ones_own_stands_first(run):
@@ -180,9 +192,9 @@ def test_data_by_source_with_epochs_if_the_prepared_folder_is_there(toy_recipe):
     windows = json.loads((Path(recipe.data.prepared_dir) / "manifest.json").read_text())["sources"]["text"]["splits"]["train"][
         "windows"
     ]
-    reported = sections.data(published_recipe(recipe), recipe.data.prepared_dir, {"tokens": 2560})
+    reported = sections.data(published_recipe(recipe), recipe.data.prepared_dir, 2560)
     assert reported.splitlines()[-1] == f"| local files *.txt | 100.00% | {80 / windows:.2f} | n/a |"
-    reported = sections.data(published_recipe(recipe), "data/elsewhere", {"tokens": 2560})
+    reported = sections.data(published_recipe(recipe), "data/elsewhere", 2560)
     assert reported.splitlines()[-1] == "| local files *.txt | 100.00% | n/a | n/a |"
 
 
@@ -194,7 +206,7 @@ def test_every_dataset_of_the_hub_in_a_mixture_is_named(toy_recipe, tmp_path):
     }
     recipe = toy_recipe(data__source={"kind": "mixture", "sources": parts})
     assert hub_names(published_recipe(recipe)) == ["HuggingFaceFW/fineweb-edu", "wikimedia/wikipedia"]
-    data = metadata(published_recipe(recipe), {"val_loss": 3.0, "bits_per_byte": 1.0}, [], "user/toy", None)
+    data = metadata(published_recipe(recipe), summary_with(val_loss=3.0, bits_per_byte=1.0), [], "user/toy", None)
     assert data.datasets == ["HuggingFaceFW/fineweb-edu", "wikimedia/wikipedia"]
     assert str(tmp_path.parent) not in data.to_yaml()
 
@@ -216,7 +228,7 @@ def test_gpus_are_counted_by_process(run, uninterrupted):
         "versions": {},
         "commit": None,
     }
-    reported = sections.training(uninterrupted["llama"], json.loads(run.summary.read_text()) | {"mfu": 0.41}, [launch])
+    reported = sections.training(uninterrupted["llama"], run.read_summary().model_copy(update={"mfu": 0.41}), [launch])
     assert "| hardware | 16 x NVIDIA H100 80GB HBM3 |" in reported
     assert "MFU 41.0%" in reported
     assert "| commit of the code | an installed copy |" in reported
@@ -243,7 +255,9 @@ def test_the_citation_is_that_of_the_project(run):
 
 def test_losses_are_of_the_dataset_and_scores_of_their_tasks():
     recipe = Recipe.model_validate(load_recipe(ROOT / "recipes/gpt2_124m.yaml").model_dump(mode="json"))
-    data = metadata(recipe, {"val_loss": 3.2, "bits_per_byte": 0.99}, [Score("piqa", "acc", 0.6, None, 9, True)], "u/gpt2", "mit")
+    data = metadata(
+        recipe, summary_with(val_loss=3.2, bits_per_byte=0.99), [Score("piqa", "acc", 0.6, None, 9, True)], "u/gpt2", "mit"
+    )
     assert data.datasets == ["HuggingFaceFW/fineweb-edu"]
     assert [(r.dataset_type, r.metric_value) for r in data.eval_results] == [
         ("HuggingFaceFW/fineweb-edu", 3.2), ("HuggingFaceFW/fineweb-edu", 0.99), ("piqa", 0.6),

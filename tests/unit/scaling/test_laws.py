@@ -15,8 +15,8 @@ from isoflop.plan.search import search
 from isoflop.scaling.laws import (
     PF_DAY,
     PUBLISHED,
-    Forecast,
     NoPrediction,
+    Prediction,
     critical_batch_tokens,
     effective_tokens,
     kaplan_optimum,
@@ -50,8 +50,8 @@ def test_published_laws_are_their_papers(name, loss):
 
 def test_what_n_counts():
     model = load_recipe(ROOT / "recipes/llama2_1.36b.yaml").model
-    assert load_law("hoffmann").size(model) == 1_294_159_104
-    assert load_law("kaplan").size(model) == 1_294_159_104 - 2 * 73_728_000
+    assert load_law("hoffmann").model_size(model) == 1_294_159_104
+    assert load_law("kaplan").model_size(model) == 1_294_159_104 - 2 * 73_728_000
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -112,10 +112,10 @@ LLAMA = ("recipes/llama2_1.36b.yaml", "recipes/quickstart.yaml")
 def test_far_beyond_its_runs_a_law_has_no_prediction():
     """Hoffmann et al.: 7e7 to 1.6e10 parameters on 5e9 to 5e11 tokens; ten times beyond is the border."""
     law, (model, small) = load_law("hoffmann"), (load_recipe(ROOT / path).model for path in LLAMA)
-    assert law.predict(model, 2e10) == Forecast(float(law.loss(1_294_159_104, 2e10)), None)
-    assert law.predict(model, 5e8) == Forecast(float(law.loss(1_294_159_104, 5e8)), None)
+    assert law.predict(model, 2e10) == Prediction(float(law.loss(1_294_159_104, 2e10)), None)
+    assert law.predict(model, 5e8) == Prediction(float(law.loss(1_294_159_104, 5e8)), None)
     assert law.predict(model, 4.9e8) == NoPrediction("its data begin at 5B tokens (here 490M)")
-    assert law.predict(model, 5e12) == Forecast(float(law.loss(1_294_159_104, 5e12)), None)
+    assert law.predict(model, 5e12) == Prediction(float(law.loss(1_294_159_104, 5e12)), None)
     assert law.predict(model, 15e12) == NoPrediction("its data end at 500B tokens (here 15T)")
     assert law.predict(small, 1.024e6) == NoPrediction("its data begin at 70M parameters and 5B tokens (here 2.82M and 1.02M)")
     assert law.predict(small, 15e12) == NoPrediction(

@@ -9,7 +9,7 @@ import pytest
 from conftest import metrics_of, weights_of
 
 from isoflop.plan import cost
-from isoflop.scaling.laws import Forecast, load_law
+from isoflop.scaling.laws import Prediction, load_law
 
 COEFFICIENTS = {"E": 3.0, "A": 100.0, "alpha": 0.5, "B": 100.0, "beta": 0.5}
 GAPS = [[0.5, math.log(0.04), 0.5, 0.25, 0.1], [0.9, math.log(0.01), 0.5, 0.25, 0.2]]
@@ -71,7 +71,7 @@ def test_forecasts_follow_size_and_length_and_end_at_the_loss_itself(law, toy_re
     falls = np.array([0.04 * math.exp(z * 1.645 * 0.1 * 1.2) for z in (0, 1, -1)])
     there = np.array([0.01 * math.exp(z * 1.645 * 0.2 * 1.2) for z in (0, 1, -1)])
     found = loaded.forecast(4.0, 0.7, "cosine", model, 2560)
-    assert isinstance(found, Forecast)
+    assert isinstance(found, Prediction)
     assert [found.loss, *found.interval] == pytest.approx((4 * np.exp(-(falls + there) / 2)).tolist())
     found = loaded.forecast(4.0, 0.95, "cosine", model, 2560)
     assert [found.loss, *found.interval] == pytest.approx((4 * np.exp(-there / 2)).tolist())

@@ -33,7 +33,7 @@ def test_launches_are_kept_one_behind_the_other(tmp_path, toy_recipe):
 
 def test_an_unclaimed_folder_without_recipe_has_no_owner(tmp_path, toy_recipe):
     RunFolder(str(tmp_path / "new")).check_owner(toy_recipe())
-    assert RunFolder(str(tmp_path / "new")).finished() is None
+    assert RunFolder(str(tmp_path / "new")).read_summary() is None
 
 
 def test_a_claim_is_exclusive(tmp_path):
