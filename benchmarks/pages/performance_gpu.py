@@ -89,10 +89,16 @@ def operations(rows: list[Row]) -> str:
 def trace(rows: list[Row]) -> str:
     """Kernels of traced steps by time."""
     kernels = [row for row in rows if "ms_per_step" in row]
-    idle = [row["idle_share"] for row in rows if row.get("idle_share") is not None]
+    steps = [row for row in rows if row.get("idle_share") is not None]
     lines = [[f"`{row['kernel'][:70]}`", f"{row['ms_per_step']:.2f}", f"{row['share']:.1%}"] for row in kernels]
     table = markdown(["kernel", "ms a step", "share"], lines) if lines else ""
-    return (f"Of the traced steps the GPU idles {idle[0]:.1%}.\n\n" if idle else "") + table
+    if not steps:
+        return table
+    shares = ", ".join(f"{each['name']} {each['share']:.0%}" for each in steps[0]["categories"])
+    traced = f"{steps[0]['tokens_per_step'] / steps[0]['figure'] * 1e3:,.0f} tokens/s while traced"
+    return (
+        f"`{steps[0]['case']}`: the GPU idles {steps[0]['idle_share']:.1%} of the time ({traced}); busy with {shares}.\n\n{table}"
+    )
 
 
 def rate(rows: list[Row]) -> str:
