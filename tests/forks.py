@@ -17,6 +17,7 @@ REAL = sys.executable
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Read when the interpreter, a C library or torch starts; and when the Hub's client is imported.
 READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "MALLOC_", "GLIBC_", "CUDA_", "LANG", "LC_", "MPL")
+HANDLED = ("PYTHONPATH", "PYTHONUNBUFFERED", "CUDA_VISIBLE_DEVICES", "HF_DATASETS_OFFLINE")  # here, or read at first use
 READ_BY_THE_HUB = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "XDG_", "HOME")
 LIBRARIES = (
     "torch",
@@ -50,7 +51,7 @@ def client(folder, name, arguments):
         os.execv(program, [program, *arguments])
     request = {
         "arguments": arguments if name == "python" else ["-m", MODULES[name], *arguments], "name": name, "env": dict(os.environ),
-        "cwd": os.getcwd(), "ignored": [n for n in FORWARDED if signal.getsignal(n) == signal.SIG_IGN],
+        "executable": f"{folder}/bin/python", "cwd": os.getcwd(), "ignored": [n for n in FORWARDED if signal.getsignal(n) == signal.SIG_IGN],
     }  # fmt: skip
     job = Job(server(folder, kind), request, (0, 1, 2))
     for number in FORWARDED:  # also those ignored here: the command begins with them ignored, and may handle them
@@ -86,10 +87,10 @@ def server_for(given, arguments):
     """Name of the server whose imports have read the same environment; None where only a new interpreter will do."""
 
     def differs(prefixes):
-        names = {name for name in (*os.environ, *given["env"]) if name.startswith(prefixes)}
+        names = {name for name in (*os.environ, *given["env"]) if name.startswith(prefixes)} - {*HANDLED}
         return any(os.environ.get(name) != given["env"].get(name) for name in names)
 
-    understood = arguments and (not arguments[0].startswith("-") or arguments[0] in ("-c", "-m"))
+    understood = arguments and (not arguments[0].startswith("-") or arguments[0] in ("-c", "-m", "-u"))
     if not understood or os.geteuid() != given["euid"] or differs(READ_AT_START):
         return None
     return "light" if differs(READ_BY_THE_HUB) else "full"
@@ -127,6 +128,7 @@ class Job:
 def serve(name, path, owner):
     """Fork commands until the test process `owner` is gone."""
     import importlib
+    import multiprocessing.spawn  # takes this interpreter for its processes, which inherit more than three streams
     import select
 
     for module in IMPORTS[name]:
@@ -221,6 +223,7 @@ def become(request, streams):
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
         sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
         faulthandler.register(signal.SIGQUIT, sys.stderr)  # what a command that hangs is asked with
+        sys.executable = request.get("executable", sys.executable)  # what the command starts is forked too
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
@@ -232,6 +235,9 @@ def become(request, streams):
             from ranks import launch_environment
 
             os.environ.update(launch_environment(**request["launch"]))
+        for path in reversed(list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))):
+            sys.path.insert(0, path)
+        sys.stdout.reconfigure(write_through=bool(os.environ.get("PYTHONUNBUFFERED")))
         exec(request.get("code", ""), {"__name__": "before"})
         run(request["name"], request["arguments"])
         code = 0
@@ -270,6 +276,9 @@ def run(name, arguments):
     import types
 
     script, *others = arguments
+    if script == "-u":
+        sys.stdout.reconfigure(write_through=True)
+        script, *others = others
     if script == "-c":
         sys.argv, main = ["-c", *others[1:]], types.ModuleType("__main__")
         sys.path.insert(0, "")

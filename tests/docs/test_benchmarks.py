@@ -269,7 +269,7 @@ def test_the_minutes_are_shared_and_what_is_left_goes_on():
     assert gpu.limits(["correct", "memory", "speed", "rate"], 0.0, 480.0) == {
         "correct": 200.0, "memory": 280.0, "speed": 440.0, "rate": 480.0,
     }  # fmt: skip
-    assert gpu.limits(["memory", "rate"], 100.0, 200.0) == {"memory": 150.0, "rate": 200.0}
+    assert gpu.limits(["memory", "rate"], 100.0, 400.0) == {"memory": 300.0, "rate": 400.0}
 
 
 def test_the_package_is_found_where_it_is_not_installed(tmp_path):
