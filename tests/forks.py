@@ -17,7 +17,8 @@ REAL = sys.executable
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Read when the interpreter, a C library or torch starts; and when the Hub's client is imported.
 READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "MALLOC_", "GLIBC_", "CUDA_", "LANG", "LC_", "MPL")
-HANDLED = ("PYTHONPATH", "PYTHONUNBUFFERED", "CUDA_VISIBLE_DEVICES", "HF_DATASETS_OFFLINE")  # here, or read at first use
+# The first two by `become`; the others are read at first use, or no matter for local files.
+HANDLED = ("PYTHONPATH", "PYTHONUNBUFFERED", "CUDA_VISIBLE_DEVICES", "HF_DATASETS_OFFLINE")
 READ_BY_THE_HUB = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "XDG_", "HOME")
 LIBRARIES = (
     "torch",
@@ -51,7 +52,8 @@ def client(folder, name, arguments):
         os.execv(program, [program, *arguments])
     request = {
         "arguments": arguments if name == "python" else ["-m", MODULES[name], *arguments], "name": name, "env": dict(os.environ),
-        "executable": f"{folder}/bin/python", "cwd": os.getcwd(), "ignored": [n for n in FORWARDED if signal.getsignal(n) == signal.SIG_IGN],
+        "executable": f"{folder}/bin/python", "cwd": os.getcwd(),
+        "ignored": [n for n in FORWARDED if signal.getsignal(n) == signal.SIG_IGN],
     }  # fmt: skip
     job = Job(server(folder, kind), request, (0, 1, 2))
     for number in FORWARDED:  # also those ignored here: the command begins with them ignored, and may handle them
@@ -128,7 +130,7 @@ class Job:
 def serve(name, path, owner):
     """Fork commands until the test process `owner` is gone."""
     import importlib
-    import multiprocessing.spawn  # takes this interpreter for its processes, which inherit more than three streams
+    import multiprocessing.spawn  # noqa: F401  # takes this interpreter for its processes, which inherit more than three streams
     import select
 
     for module in IMPORTS[name]:

@@ -99,6 +99,7 @@ def test_a_failed_run_is_told_and_the_rest_goes_on(runs, capsys):
     assert runner([[run] for run in runs]).train() == 0
 
 
+@pytest.mark.new_process
 def test_a_signal_is_passed_on_and_the_same_command_goes_on(runs, capsys):
     Path("wait").touch()
 
@@ -119,6 +120,7 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(runs, capsys):
     assert runner([[run] for run in runs]).train() == 0
 
 
+@pytest.mark.new_process
 def test_a_killed_sweep_takes_its_runs_with_it(runs):
     Path("wait").touch()
     code = (

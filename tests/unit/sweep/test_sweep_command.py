@@ -65,6 +65,7 @@ def finished(write_sweep):
     return path
 
 
+@pytest.mark.new_process
 @pytest.mark.distributed
 def test_a_stopped_sweep_goes_on_and_redoes_nothing(write_sweep, tmp_path):
     path = write_sweep(tokens_per_parameter=[1.0], parameters=[2e4, 4.6e4])
