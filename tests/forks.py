@@ -17,8 +17,10 @@ REAL = sys.executable
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Read when the interpreter, a C library or torch starts; and when the Hub's client is imported.
 READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "MALLOC_", "GLIBC_", "CUDA_", "LANG", "LC_", "MPL")
-# The first two by `become`; the others are read at first use, or no matter for local files.
+# The first two by `become`; the others are read at first use, or no matter for local files. Of other paths the server may have
+# imported other modules.
 HANDLED = ("PYTHONPATH", "PYTHONUNBUFFERED", "CUDA_VISIBLE_DEVICES", "HF_DATASETS_OFFLINE")
+PATHS = (None, str(Path(__file__).parent.parent / "benchmarks"))
 READ_BY_THE_HUB = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "XDG_", "HOME")
 LIBRARIES = (
     "torch",
@@ -93,6 +95,7 @@ def server_for(given, arguments):
         return any(os.environ.get(name) != given["env"].get(name) for name in names)
 
     understood = arguments and (not arguments[0].startswith("-") or arguments[0] in ("-c", "-m", "-u"))
+    understood = understood and os.environ.get("PYTHONPATH") in PATHS
     if not understood or os.geteuid() != given["euid"] or differs(READ_AT_START):
         return None
     return "light" if differs(READ_BY_THE_HUB) else "full"
