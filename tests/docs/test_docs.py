@@ -156,20 +156,20 @@ def test_the_laptops_ablation_tells_differences_from_seeds(tmp_path):
         for name in ablation.CHANGES
     ]
     worths = ablation.worth_of(results)
-    assert [name for name, each in worths.items() if each.reported] == ["rope", "all_three"]
+    assert [name for name, each in worths.items() if each.distinct] == ["rope", "all_three"]
     assert worths["rope"].difference == pytest.approx(-0.1)
     assert worths["rope"].low < -0.1 < worths["rope"].high < 0
     assert ablation.spread_of(results) == pytest.approx(0.01)
     loud = [each._replace(losses=[2.5, 3.0, 3.5]) if each.name == "learning_rate" else each for each in results]
     assert ablation.unsteady(loud) == ["learning_rate"]
-    assert ablation.worth_of(loud)["rope"].reported  # what one change makes unsteady hides no other
-    assert not ablation.worth_of(loud)["learning_rate"].reported
+    assert ablation.worth_of(loud)["rope"].distinct  # what one change makes unsteady hides no other
+    assert not ablation.worth_of(loud)["learning_rate"].distinct
     extra, half = ablation.more_than_the_sum(results)
     assert extra == pytest.approx(-0.05)
     assert half == pytest.approx(2.0739 * 0.01 * (8 / 3) ** 0.5, rel=1e-4)  # Student's t of 22 degrees of freedom
     page = ablation.page(results, worths)
     assert "**Told apart from other seeds:**\n`all_three` (-0.150), `rope` (-0.100)." in page
-    assert "-0.0500 ± 0.0339 nats beyond the sum of each alone, which is reported apart from none." in page
+    assert "-0.0500 ± 0.0339 nats beyond the sum of each alone, which is beyond seed noise." in page
     ablation.draw(results, worths, tmp_path / "ablation.png")
     assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG"
 
