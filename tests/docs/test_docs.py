@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import sys
+from types import SimpleNamespace
 
 import ablation
 import pytest
@@ -150,7 +151,7 @@ def test_the_laptops_ablation_tells_differences_from_seeds(tmp_path):
     """Made-up losses: seeds differ by 0.01, one change is worth 0.1, all three together 0.05 beyond the sum."""
     worth = {"rope": -0.1, "all_three": -0.15}
     seeds = (-0.01, 0.0, 0.01)
-    summary = {"tokens_per_s": 100.0, "peak_memory_bytes": 10**9, "elapsed_s": 60.0}
+    summary = SimpleNamespace(tokens_per_s=100.0, peak_memory_bytes=10**9, elapsed_s=60.0)
     results = [
         ablation.Result(name, [ablation.run_of(name, 0, [])], [3 + worth.get(name, 0.0) + seed for seed in seeds], [summary] * 3)
         for name in ablation.CHANGES
