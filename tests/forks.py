@@ -40,7 +40,7 @@ IMPORTS = {
         "isoflop.train.trainer", "isoflop.prepare.run", "ranks",
     ),
 }  # fmt: skip
-MODULES = {"isoflop": "isoflop"}  # console scripts
+MODULES = {"isoflop": "isoflop", "accelerate": "accelerate.commands.accelerate_cli"}  # console scripts
 
 # --- the stand-in for the interpreter: `-IS`, and nothing imported but the above
 

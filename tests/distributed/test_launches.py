@@ -51,6 +51,7 @@ def test_several_processes_train_on_a_cpu_only_where_that_is_asked_for(config, w
     assert "set ACCELERATE_USE_CPU=true in the environment of a launch of several processes" in launched.text()
 
 
+@pytest.mark.new_process  # the command line of the parent process is read
 @pytest.mark.parametrize("config", ["1gpu", pytest.param("1gpu_fp32", marks=pytest.mark.slow)])
 def test_a_config_for_one_gpu_trains_on_a_cpu_only_by_the_flag(config, write_recipe):
     """`accelerate launch` sets ACCELERATE_USE_CPU of one process itself, by its config and by `--cpu`."""
@@ -64,6 +65,7 @@ def test_a_config_for_one_gpu_trains_on_a_cpu_only_by_the_flag(config, write_rec
     assert f"1 process(es) (NO) on cpu, {precision} matrix products" in run_command(*command, file, "--dry-run").stdout
 
 
+@pytest.mark.new_process  # the command line of the parent process is read
 def test_accelerate_launch_without_a_config_asks_for_no_gpu(write_recipe, tmp_path):
     home = {"HF_HOME": str(tmp_path)}  # without a default_config.yaml
     done = run_command("accelerate", "launch", "scripts/pretrain.py", write_recipe(), "--dry-run", env=home)
