@@ -102,6 +102,7 @@ def test_half_precision_with_loss_scaling_is_refused():
         check_launch(accelerator)
 
 
+@pytest.mark.new_process  # the command line of the parent process is read
 @pytest.mark.distributed
 def test_a_config_that_silently_starts_one_process_is_refused(write_recipe, tmp_path):
     config = tmp_path / "multi_cpu.yaml"
