@@ -125,6 +125,7 @@ def test_a_launch_for_gpus_without_one_is_refused(variables, refused, monkeypatc
         distributed.require_devices()
 
 
+@pytest.mark.new_process  # the command line of the parent process is read
 def test_accelerate_launch_of_1gpu_is_refused_by_name(write_recipe):
     file = write_recipe()
     command = ["accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/1gpu.yaml", "scripts/pretrain.py", file]
@@ -136,6 +137,7 @@ def test_accelerate_launch_of_1gpu_is_refused_by_name(write_recipe):
     assert not (file.parent / "runs").exists()
 
 
+@pytest.mark.new_process  # the command line of the parent process is read
 @pytest.mark.distributed
 def test_a_config_of_several_processes_says_cpu_by_use_cpu(write_recipe):
     """Accelerate hands `use_cpu` on to one process alone."""
