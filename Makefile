@@ -40,7 +40,7 @@ test: setup lint types build/transformers4
 
 # What starts no run of its own: the tests beside each package.
 test-unit: setup
-	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST) -m "not slow and not gpu and not distributed" tests/unit
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST) -m "not slow and not gpu and not distributed and not processes" tests/unit
 
 test-all: setup lint types build/transformers4
 	$(TEST_ENV) ISOFLOP_TEST_REAL=1 $(BIN)/python -m pytest $(PYTEST) -m "not gpu"

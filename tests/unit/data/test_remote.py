@@ -18,6 +18,8 @@ from isoflop.data.manifest import read_manifest
 from isoflop.data.sources import open_source
 from isoflop.utils.errors import UserError
 
+pytestmark = pytest.mark.processes
+
 hub = standin.hub  # the fixture
 
 

@@ -15,6 +15,8 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 from uniform import VOCABULARY, uniform_model
 
+pytestmark = pytest.mark.processes
+
 CONVERTED = "refs/convert/parquet"
 RUN = """
 import json, sys

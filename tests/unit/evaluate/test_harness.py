@@ -25,6 +25,8 @@ from isoflop.evaluate.harness import Downstream, InMemory, Interrupted, load_tas
 from isoflop.evaluate.scores import scores_of
 from isoflop.utils.errors import UserError
 
+pytestmark = pytest.mark.processes
+
 WORDS = ["def", "self", "return", "import", "value", "name", "for", "in", "if", "not", "is", "None", "class", "print", "open"]
 COMMON = {"num_fewshot": 0, "dataset_path": "json", "metadata": {"version": 1.0}}
 METRICS = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]

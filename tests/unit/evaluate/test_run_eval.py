@@ -14,6 +14,8 @@ from isoflop.evaluate.run import evaluate, evaluate_command
 from isoflop.train.export import export_checkpoint, model_folder
 from isoflop.utils.errors import UserError
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def run(uninterrupted, tmp_path):

@@ -13,6 +13,8 @@ from isoflop.plan import cost
 from isoflop.plan.step_benchmark import benchmark_step, tracked_memory_bytes
 from isoflop.utils.errors import UserError
 
+pytestmark = pytest.mark.processes
+
 
 def shallow(name, layers, *overrides):
     """A published recipe with fewer layers: the same operations, tracked in a tenth of the time."""

@@ -13,6 +13,8 @@ from isoflop.config.loading import load_recipe
 from isoflop.data.manifest import read_manifest
 from isoflop.data.tokenizers import train_tokenizer
 
+pytestmark = pytest.mark.processes
+
 hub = standin.hub  # the fixture
 
 

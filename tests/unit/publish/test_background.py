@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from isoflop.config.loading import load_recipe
 from isoflop.train.signals import EXIT_RESUME
 
+pytestmark = pytest.mark.processes
+
 NAME = "alice/toy"
 
 

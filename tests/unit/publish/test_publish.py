@@ -21,6 +21,8 @@ from isoflop.train.run_folder import RunFolder
 from isoflop.utils.errors import UserError
 from isoflop.utils.io import lock
 
+pytestmark = pytest.mark.processes
+
 TOKEN = "hf_abcdefghijklmnopqrst"
 HOST = "a-planted-host-name"
 TOKENIZER = "tokenizer_config.json"

@@ -18,6 +18,8 @@ from isoflop.sweep.design import Run, groups_of
 from isoflop.sweep.runner import Runner, Slot, branch_off, slots_of
 from isoflop.train.signals import EXIT_RESUME
 
+pytestmark = pytest.mark.processes
+
 PROGRAM = ("scripts/pretrain.py",)
 STAND_IN = (
     f"""

@@ -19,6 +19,8 @@ from isoflop.sweep.design import groups_of
 from isoflop.train.signals import EXIT_RESUME
 from isoflop.utils.errors import UserError
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def write_sweep(write_recipe, tmp_path):

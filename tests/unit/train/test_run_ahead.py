@@ -8,6 +8,8 @@ from isoflop.config.loading import load_recipe
 from isoflop.train import run_ahead
 from isoflop.train.run_ahead import Readback, Throttle, update_unless, updates_unless_flagged
 
+pytestmark = pytest.mark.processes
+
 # A CPU computes at once and does not run ahead by itself; the order of what is done is that of a GPU.
 AHEAD = "from isoflop.train.setup import Job\nJob.runs_ahead = True\n"
 NAN_IN_STEP = """

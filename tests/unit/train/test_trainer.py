@@ -12,6 +12,8 @@ from isoflop.checkpoint import folder as checkpoint
 from isoflop.config.loading import load_recipe
 from isoflop.train import trainer as pretrain_module
 
+pytestmark = pytest.mark.processes
+
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 
