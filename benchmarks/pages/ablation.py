@@ -237,7 +237,7 @@ Between seeds: standard deviation of {SEEDS}; over all changes {spread_of(result
 p-values are Dunnett's, against the baseline, with the one spread of all changes: all intervals hold together in
 {LEVEL:.0%} of repetitions.
 
-**Told apart from other seeds:**
+**Beyond seed noise:**
 {_listed(worths, distinct=True)}.
 
 **Within seed noise:**

@@ -17,8 +17,10 @@ lever is worth (compiling, attention kernels, the loss, Liger's kernels, float8,
 RECIPES = ("modern_124m", "gpt2_124m", "llama2_1.36b", "llama3_1.5b")
 PEERS = (
     ("gpt2_124m nanoGPT compiled", "gpt2_124m", "nanoGPT's model, compiled as a whole, in a plain loop"),
-    ("modern_124m transformers", "modern_124m", "transformers' model and loss in a plain loop"),
-    ("modern_124m Trainer", "modern_124m", "transformers' Trainer"),
+    ("modern_124m transformers", "modern_124m eager", "transformers' model and loss in a plain loop, not compiled"),
+    ("modern_124m transformers", "modern_124m", "transformers' model and loss in a plain loop, not compiled"),
+    ("modern_124m Trainer", "modern_124m eager", "transformers' Trainer, not compiled"),
+    ("modern_124m Trainer", "modern_124m", "transformers' Trainer, not compiled"),
 )
 
 

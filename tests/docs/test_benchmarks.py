@@ -189,11 +189,11 @@ def short_grace(monkeypatch):
     monkeypatch.setattr(runner, "GRACE_S", 0.3)
 
 
-def run_worker(folder, script, seconds=60):
+def run_worker(folder, script, seconds=60, done=()):
     (folder / "worker.py").write_text(script, encoding="utf-8")
     rows = []
     command = [sys.executable, str(folder / "worker.py")]
-    good = runner.run_part("speed", command, folder / "log", time.time() + seconds, rows.extend, dict(os.environ), [])
+    good = runner.run_part("speed", command, folder / "log", time.time() + seconds, rows.extend, dict(os.environ), list(done))
     return good, rows
 
 
@@ -246,6 +246,24 @@ def test_rows_of_an_earlier_run_are_replaced_case_by_case(tmp_path):
         ("m", "b", 2), ("m", "a", 3), ("m", "a", 4), ("other", "a", 5),
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.jsonl"]
+
+
+@pytest.mark.new_process
+def test_a_later_run_measures_what_is_missing_alone(tmp_path, monkeypatch):
+    check = {"part": "speed", "tolerance": 1.0, "difference": 2.0}
+    rows = [
+        {"part": "speed", "case": "works", "figure": 1.0}, {"part": "speed", "case": "works", "skipped": "no such kernel"},
+        {"part": "speed", "case": "crashes", "error": "SIGABRT"}, {"part": "speed", "case": "hangs", "skipped": "no time"},
+        check | {"case": "works too", "passed": False}, check | {"case": "works alone", "difference": 0.5, "passed": True},
+    ]  # fmt: skip
+    assert results.measured_cases(rows) == ["works", "works alone"]
+    monkeypatch.chdir(tmp_path)
+    script = WORKER.replace("os.abort()", "pass").replace("time.sleep(600)", "pass")
+    assert run_worker(tmp_path, script, done=["works", "works alone"]) == (True, [])
+    started = [json.loads(line) for line in (tmp_path / "starts").read_text().splitlines()]
+    assert started == [["works", "works alone"]]
+    begun = [json.loads(line).get("begin") for line in (tmp_path / "log-0.progress").read_text().splitlines()]
+    assert [case for case in begun if case] == ["crashes", "hangs", "works too"]
 
 
 def test_lines_say_what_came_out():

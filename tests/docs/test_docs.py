@@ -169,7 +169,7 @@ def test_the_laptops_ablation_tells_differences_from_seeds(tmp_path):
     assert extra == pytest.approx(-0.05)
     assert half == pytest.approx(2.0739 * 0.01 * (8 / 3) ** 0.5, rel=1e-4)  # Student's t of 22 degrees of freedom
     page = ablation.page(results, worths)
-    assert "**Told apart from other seeds:**\n`all_three` (-0.150), `rope` (-0.100)." in page
+    assert "**Beyond seed noise:**\n`all_three` (-0.150), `rope` (-0.100)." in page
     assert "-0.0500 ± 0.0339 nats beyond the sum of each alone, which is beyond seed noise." in page
     ablation.draw(results, worths, tmp_path / "ablation.png")
     assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG"

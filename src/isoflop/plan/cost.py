@@ -230,11 +230,11 @@ def predicted_memory(model: Model, training: Training, optimizer: Optimizer, lau
         loss = max(loss, layer_bytes + backward - copies)
     memory = Memory(weights, gradients, moments, copies, kept, max(loss, backward))
     if micro_batches == 1 and launch.engine in ("single", "fsdp2"):
-        return _first_micro_batch(memory, layer_bytes, backward)
+        return _without_accumulation(memory, layer_bytes, backward)
     return memory
 
 
-def _first_micro_batch(memory: Memory, layer_bytes: int, backward_bytes: int) -> Memory:
+def _without_accumulation(memory: Memory, layer_bytes: int, backward_bytes: int) -> Memory:
     """Return the peak without accumulation: before the first or after the last gradient, as activations are freed meanwhile."""
     before = memory._replace(gradients=0)
     after = memory._replace(weight_copies=0, activations=layer_bytes, loss=backward_bytes)

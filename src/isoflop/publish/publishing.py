@@ -88,7 +88,7 @@ def publish(
     else, and whatever the Hub refuses; the message names what was pushed before.
     """
     target = _target(run, repo_id, private, license)
-    finished = target.folder.summary.exists()
+    finished = target.folder.read_summary() is not None
     if not finished and not checkpoints:
         raise UserError(
             f"{run} is not finished: it has no summary.json; resume it with the command that started it, or push its checkpoints"

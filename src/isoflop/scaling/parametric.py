@@ -153,7 +153,7 @@ def require_enough(points: Points) -> None:
         if len(np.unique(values)) < 3:
             raise UserError(
                 f"{name} takes {len(np.unique(values))} value(s), {values.min():.4g} to {values.max():.4g}: a power of it and a"
-                " constant cannot be told apart below 3; add runs that differ in it"
+                " constant cannot be separated below 3; add runs that differ in it"
             )
 
 

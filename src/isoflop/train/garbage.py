@@ -49,8 +49,8 @@ def collected_by_hand(every: int = COLLECT_EVERY_STEPS, all_every: int = COLLECT
     try:
         yield StepCollector(every, all_every)
     finally:
-        # Objects that were frozen before cannot be told from these: they cost time in later collections, where a model that
-        # stayed frozen would never be freed. Python 3.12 starts with some hundred frozen objects.
+        # Objects that were frozen before are thawed too, since gc cannot separate them: they cost time in later collections,
+        # where a model that stayed frozen would never be freed. Python 3.12 starts with some hundred frozen objects.
         gc.unfreeze()
         if was_enabled:
             gc.enable()

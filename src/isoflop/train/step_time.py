@@ -137,7 +137,7 @@ def summarize(events: Sequence[FunctionEvent], num_steps: int) -> StepProfile | 
     """Summarize the first `num_steps` traced steps; return None where the events hold no step.
 
     Steps are the profiler's `ProfilerStep#N` regions on the host, behind which a GPU may run its last kernels. Those of the last
-    step count, unless a further step began, whose kernels cannot be told from them.
+    step count, unless a further step began, whose kernels look the same.
     """
     regions = [_span(e) for e in events if _on_host(e) and e.name.startswith("ProfilerStep")]
     steps = sorted(regions)[:num_steps]
