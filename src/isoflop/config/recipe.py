@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from isoflop.config.recipe_data import ConfigFile, Data, Section, Tokenizer, require_one_of
+from isoflop.config.recipe_optimizer import Fraction, Optimizer, Parametrization, Schedule
 from isoflop.utils.errors import UserError
 from isoflop.utils.untrusted import shown
 
 # Keys of `training` on how a step is executed: they change memory, speed, and the last bits of sums.
 _EXECUTION = ("compile", "kernels", "gradient_reduction")
 LARGEST_TRIED = 65_536  # values tried in a search for the nearest valid one
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class _Model(Section):
@@ -245,31 +245,6 @@ def gradient_accumulation_steps(training: Training, num_processes: int) -> int:
     )
 
 
-class Optimizer(Section):
-    """AdamW; weight decay on matrices and embeddings, never on norms and biases."""
-
-    peak_learning_rate: PositiveFloat
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    epsilon: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    max_grad_norm: PositiveFloat = 1.0
-    """Clip gradients to this global norm."""
-    moments_dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 halves the optimizer state from 8 to 4 bytes a parameter, with coarser moments."""
-
-
-class Schedule(Section):
-    """The learning rate as a function of the step: linear warm-up, then the named shape."""
-
-    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
-    final_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
-    """Final learning rate of cosine, linear and wsd. `constant` stays at the peak."""
-    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """wsd (warm-up, stable, decay): share of the steps, at the end, in which the learning rate decays linearly."""
-
-
 class Anomalies(Section):
     """How to handle a step whose loss or gradient norm is not finite, or spikes far above its recent values."""
 
@@ -340,6 +315,7 @@ class Recipe(ConfigFile):
     training: Training
     optimizer: Optimizer
     schedule: Schedule = Schedule()
+    parametrization: Parametrization = Parametrization()
     anomalies: Anomalies = Anomalies()
     evaluation: Evaluation = Evaluation()
     output: Output
