@@ -26,6 +26,7 @@ from isoflop.config.recipe_data import Section
 from isoflop.config.shipped import find
 from isoflop.config.type_errors import rule_of
 from isoflop.plan import cost
+from isoflop.scaling.hyperparameters import HyperparameterLaw, OptimizerName
 from isoflop.utils.errors import UserError, nearest
 from isoflop.utils.io import atomic_write
 from isoflop.utils.tables import short
@@ -143,6 +144,10 @@ class Law(Section):
     counts: Literal["total", "without_vocabulary"]
     """What N counts: all parameters, or all but token embedding, position embedding and head."""
     source: str
+    optimizer: OptimizerName = "adamw"
+    """What trained the runs. AdamW for the published laws, and for files from before `fit` recorded it."""
+    parametrization: Literal["standard", "completep"] = "standard"
+    """Of the runs, by the recipe's name for it."""
     fitted_on: FittedOn | None = None
     draws: list[list[Finite]] = []
     """Bootstrap draws of the coefficients in the order of `COEFFICIENTS`; prediction intervals come from them."""
@@ -150,6 +155,8 @@ class Law(Section):
     """log(measured / fitted) of the runs that the law was fitted to; they widen the interval to that of a single run."""
     progress: LossDecayModel | None = None
     """Model of the loss during training, by which `forecast` predicts a run's final loss."""
+    hyperparameters: HyperparameterLaw | None = None
+    """Laws of the learning rate and the batch, where the runs were sweeps over them."""
 
     @model_validator(mode="after")
     def _coefficients_are_the_forms(self) -> Self:
@@ -178,14 +185,15 @@ class Law(Section):
         """
         return self._powers(self._values()).loss(np.asarray(parameters, dtype=float), np.asarray(tokens, dtype=float))
 
-    def predict(self, model: Model | float, tokens: float) -> Prediction | NoPrediction:
+    def predict(self, model: Model | float, tokens: float, optimizer: str | None = None) -> Prediction | NoPrediction:
         """Return the predicted loss of one run, or the reason why there is none.
 
-        `model` is a recipe's model section, or N as the law counts it. The 90% interval spans the bootstrap draws and, if the
+        `model` is a recipe's model section, or N as the law counts it; `optimizer` is the run's, by the recipe's name for it.
+        The 90% interval spans the bootstrap draws and, if the
         law holds them, the residuals of single runs.
         """
         size, vocab_size = (self.model_size(model), model.vocab_size) if isinstance(model, BaseModel) else (model, None)
-        if reason := self.outside(size, tokens, vocab_size):
+        if reason := self.outside(size, tokens, vocab_size, optimizer):
             return NoPrediction(reason)
         loss = float(self.loss(size, tokens))
         if not self.draws:
@@ -194,9 +202,9 @@ class Law(Section):
         low, high = np.quantile(scattered, INTERVAL)
         return Prediction(loss, (float(low), float(high)))
 
-    def describe(self, model: Model, tokens: float) -> str:
+    def describe(self, model: Model, tokens: float, optimizer: str | None = None) -> str:
         """Return a sentence with the predicted loss of one run and how far it extrapolates, or with the reason for none."""
-        predicted = self.predict(model, tokens)
+        predicted = self.predict(model, tokens, optimizer)
         if isinstance(predicted, NoPrediction):
             return f"{self.name}: {predicted}"
         beyond = "; ".join(self.extrapolates(self.model_size(model), tokens, cost.shape_of(model).num_layers))
@@ -204,22 +212,31 @@ class Law(Section):
             f"; an extrapolation: {beyond}" if beyond else ""
         )
 
-    def outside(self, parameters: float, tokens: float, vocab_size: int | None = None) -> str | None:
+    def outside(
+        self, parameters: float, tokens: float, vocab_size: int | None = None, optimizer: str | None = None
+    ) -> str | None:
         """Return why the law predicts no loss of such a run; None if it predicts one.
 
-        It refuses an N or D far beyond its own runs, and a loss above that of guessing uniformly among `vocab_size` tokens.
+        It refuses another optimizer than that of its own runs, an N or D far beyond theirs, and a loss above that of guessing
+        uniformly among `vocab_size` tokens.
         """
+        if optimizer not in (None, self.optimizer):
+            return f"its runs were trained with {self.optimizer}, and this one's optimizer.name is {optimizer}"
         if self.fitted_on and (reason := self.fitted_on.far_beyond(parameters, tokens)):
             return reason
         loss, guessing = float(self.loss(parameters, tokens)), math.log(vocab_size) if vocab_size else math.inf
         return f"it gives {loss:.2f} nats, more than guessing: ln(vocabulary) = {guessing:.2f}" if loss > guessing else None
 
-    def forecast(self, loss: float, share: float, schedule: str, model: Model, tokens: float) -> Prediction | None:
+    def forecast(
+        self, loss: float, share: float, schedule: str, model: Model, tokens: float, optimizer: str | None = None
+    ) -> Prediction | None:
         """Return the predicted final validation loss of a run over `tokens` that has `loss` after a share of them.
 
-        None before the first share of `progress.gaps`, at the end of the run, under another learning-rate schedule, and for a law
-        without `progress`.
+        None before the first share of `progress.gaps`, at the end of the run, under another learning-rate schedule or optimizer, and
+        for a law without `progress`.
         """
+        if optimizer not in (None, self.optimizer):
+            return None
         if self.progress is None or schedule != self.progress.schedule or not self.progress.gaps[0][0] <= share < 1:
             return None
         middle, low, high = (loss * float(np.exp(-gap)) for gap in self.progress.log_gap(share, self.model_size(model), tokens))
@@ -255,6 +272,7 @@ class Law(Section):
     def save(self, path: str | Path) -> None:
         """Write the law to a JSON file, one key per line, for `load_law`. The write is atomic."""
         tree = self.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+        tree = {"optimizer": self.optimizer, "parametrization": self.parametrization} | tree
         lines = ",\n".join(f'"{key}": {json.dumps(value)}' for key, value in tree.items())
         atomic_write(Path(path), f"{{\n{lines}\n}}\n")
 

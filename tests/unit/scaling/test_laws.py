@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -122,6 +123,20 @@ def test_far_beyond_its_runs_a_law_has_no_prediction():
         "its data begin at 70M parameters (here 2.82M), and end at 500B tokens (here 15T)"
     )
     assert str(law.predict(small, 1e10)) == "no prediction: its data begin at 70M parameters (here 2.82M)"
+
+
+def test_a_law_of_one_optimizer_is_not_taken_for_the_other(tmp_path):
+    law, of_muon = load_law("hoffmann"), load_law(write_law(tmp_path / "muon.yaml", optimizer="muon"))
+    assert (law.optimizer, law.parametrization, of_muon.optimizer) == ("adamw", "standard", "muon")
+    assert law.predict(1e9, 2e10, "adamw") == law.predict(1e9, 2e10)
+    assert of_muon.predict(1e9, 2e10, "muon") == of_muon.predict(1e9, 2e10)
+    assert law.predict(1e9, 2e10, "muon").reason == "its runs were trained with adamw, and this one's optimizer.name is muon"
+    assert of_muon.predict(1e9, 2e10, "adamw").reason == "its runs were trained with muon, and this one's optimizer.name is adamw"
+    model = load_recipe(ROOT / "recipes/gpt2_124m.yaml").model
+    assert of_muon.describe(model, 2e9, "adamw") == f"{of_muon.name}: {of_muon.predict(model, 2e9, 'adamw')}"
+    of_muon.save(tmp_path / "again.json")
+    saved = json.loads((tmp_path / "again.json").read_text())
+    assert (saved["optimizer"], saved["parametrization"]) == ("muon", "standard")
 
 
 def test_a_loss_above_that_of_guessing_is_no_prediction(tmp_path):
