@@ -13,8 +13,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from isoflop.config.recipe_data import Section
+from isoflop.config.recipe_optimizer import Schedule
 
 NORMAL_90 = 1.645  # standard deviations from the mean to the ends of a normal distribution's 90% interval
+SQUARE_ROOT_RULE = 0.5
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -97,25 +99,47 @@ class HyperparameterLaw(Section):
     optimizer: OptimizerName
     peak_learning_rate: PowerOfSize
     tokens_per_step: PowerOfSize
-    final_learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """Final learning rate of the runs that the law was fitted to, where it was fixed."""
+    power_of_two_batch: bool = False
+    """Whether the law's authors take the nearest power of two tokens for the batch."""
     parameters_range: Range | None = None
     """Fewest and most parameters of the runs that the law was fitted to."""
     tokens_range: Range | None = None
+    flops_range: Range | None = None
+    """Least and most 6 N D of those runs, where their N and D are not known."""
     curvature: LossCurvature | None = None
+    schedule: Schedule | None = None
+    """Schedule of the runs that the law was fitted to; without one, a recipe keeps its own."""
+    final_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Final over peak learning rate; instead of the schedule's final_learning_rate."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Weight decay of those runs, the same for every N and D."""
+    decay_timescale: Positive | None = None
+    """T = B / (learning rate x weight decay x D): over which share of a run weights are averaged; it is kept for every N and D
+    (arXiv:2405.13698). Instead of weight_decay."""
 
     @model_validator(mode="after")
     def _from_low_to_high(self) -> Self:
-        for name, ends in (("parameters_range", self.parameters_range), ("tokens_range", self.tokens_range)):
-            if ends and ends[0] > ends[1]:
+        for name in ("parameters_range", "tokens_range", "flops_range"):
+            if (ends := getattr(self, name)) and ends[0] > ends[1]:
                 raise ValueError(f"{name}: [{ends[0]:g}, {ends[1]:g}] is not lowest first")
+        if self.weight_decay is not None and self.decay_timescale is not None:
+            raise ValueError("weight_decay and decay_timescale both give the weight decay; leave one out")
         return self
+
+    @property
+    def batch_exponent(self) -> float:
+        """Exponent of the batch in the best learning rate at another batch than the law's, -cross / (2 rate) of the curvature.
+
+        Without a curvature 0.5, the square-root rule for Adam (Malladi et al. 2022, arXiv:2205.10287).
+        """
+        return SQUARE_ROOT_RULE if self.curvature is None else -self.curvature.cross / (2 * self.curvature.rate)
 
     def outside(self, parameters_without_vocabulary: float, tokens: float) -> list[str]:
         """Return which of N and D lie outside the runs that the law was fitted to, in words."""
         values = (
             ("N", parameters_without_vocabulary, self.parameters_range, "parameters without vocabulary"),
             ("D", tokens, self.tokens_range, "tokens"),
+            ("6ND", 6 * parameters_without_vocabulary * tokens, self.flops_range, "FLOPs"),
         )
         return [
             f"{name} = {value:.4g} {unit} (fitted on {ends[0]:.3g} to {ends[1]:.3g})"
