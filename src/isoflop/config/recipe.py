@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from isoflop.config.recipe_data import ConfigFile, Data, Section, Tokenizer, require_one_of
-from isoflop.config.recipe_optimizer import Fraction, Optimizer, Parametrization, Schedule
+from isoflop.config.recipe_optimizer import Fraction, Optimizer, Parametrization, Schedule, require_base_width
 from isoflop.utils.errors import UserError
 from isoflop.utils.untrusted import shown
 
@@ -347,6 +347,20 @@ class Recipe(ConfigFile):
                 f"tokenizer.train_vocab_size = {wanted} is beyond model.vocab_size = {self.model.vocab_size};"
                 " ids beyond the embedding would fail hours later: lower the first or raise the second"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _parametrization_has_rules_for_the_model(self) -> Self:
+        model, name = self.model, self.parametrization.name
+        if isinstance(model, HybridModel) and model.norm_position == "post" and name != "standard":
+            raise ValueError(
+                f"parametrization.name = {name!r} has no rule for model.norm_position = 'post', whose norms undo the scale of"
+                " residual branches; set model.norm_position=pre or parametrization.name=standard"
+            )
+        if isinstance(model, Gpt2Model):
+            require_base_width(self.parametrization, "n_embd", model.n_embd, model.n_head)
+        else:
+            require_base_width(self.parametrization, "hidden_size", model.hidden_size, model.num_attention_heads)
         return self
 
     def identity_fields(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -83,3 +84,19 @@ class Parametrization(Section):
                 f"{' and '.join(given)}: read by parametrization.name: completep alone; set that, or leave the base out"
             )
         return self
+
+
+def require_base_width(parametrization: Parametrization, width_key: str, width: int, num_heads: int) -> None:
+    """Refuse a base width at which this model's heads would not be a whole number. Raises `ValueError`.
+
+    Attention divides by sqrt(head_dim), which is the right scale only while the width grows by heads of one size.
+    """
+    base, unit = parametrization.base_hidden_size, width // math.gcd(width, num_heads)
+    if base is None or base % unit == 0:
+        return
+    near = [each for each in (base // unit * unit, (base // unit + 1) * unit) if each]
+    raise ValueError(
+        f"parametrization.base_hidden_size = {base} is not a multiple of {unit}, and learning rates transfer only between widths"
+        f" with heads of one size, here model.{width_key} {width} with {num_heads} heads; nearest widths:"
+        f" {' and '.join(map(str, near))}; or change the number of heads"
+    )

@@ -10,6 +10,7 @@ from isoflop.config.recipe import Recipe
 from isoflop.modeling.build import build_config, build_model, decoder_layers, final_norms, use_liger
 from isoflop.modeling.loss import TrainingModel
 from isoflop.plan import cost
+from isoflop.train.parametrization import parameter_scales, scale_initial_values
 from isoflop.utils.errors import UserError
 
 
@@ -26,6 +27,7 @@ def build_training_model(
         causal_lm = build_model(config, recipe.model.depth_scaled_init, recipe.seed)
     except (ImportError, ValueError) as error:  # not installed; not known to this version of transformers
         raise UserError(f"model.attn_implementation = {recipe.model.attn_implementation!r}: {error}") from None
+    scale_initial_values(causal_lm, parameter_scales(causal_lm, recipe))
     if training.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     if training.kernels == "liger":
