@@ -42,6 +42,7 @@ def fit_laws(measured: Measured, options: FitOptions) -> Fit:
     draws = _draws(points, fit, options)
     law = _parametric(fit, draws, options) | {"bootstrap_seconds": time.perf_counter() - started}
     found = isoflop.profiles(points)
+    least_log, least_linear = _least_points(found, options)
     report = FitReport(
         predict=list(options.predict),
         points=_ranges(points, found),
@@ -50,7 +51,8 @@ def fit_laws(measured: Measured, options: FitOptions) -> Fit:
         parametric_lad=LeastSum(**_coefficients(parametric.fit_least_absolute(points))),
         parametric_square=LeastSum(**_coefficients(parametric.fit_squares(points))),
         isoflop=_isoflop(found, options),
-        **_least_points(found, options),
+        argmin_log=least_log,
+        argmin_linear=least_linear,
         envelope=_envelope(measured.curves, options),
         kaplan=fit_single(points),
         repeated=fit_repeated(points, options.objective),
@@ -128,20 +130,22 @@ def _profile(profile: isoflop.Profile) -> Profile:
     )
 
 
-def _least_points(found: list[isoflop.Profile], options: FitOptions) -> dict[str, PowerLaw]:
+def _least_points(found: list[isoflop.Profile], options: FitOptions) -> tuple[PowerLaw, PowerLaw]:
+    """Return the line through the least losses in logs, and the one in linear space."""
     best = isoflop.least(found)
     if len(best) < 2:
         none = PowerLaw(status=NOT_FITTED, reason=f"{len(best)} budgets with several sizes, and a line needs two")
-        return {"argmin_log": none, "argmin_linear": none}
+        return none, none
     flops, parameters, losses = np.array(best).T
-    return {
-        f"argmin_{name}": PowerLaw(
+    log, linear = (
+        PowerLaw(
             status="converged",
             **summarize_power_laws(power_laws(flops, parameters, losses, line), options.predict),
             points=_least(best),
         )
-        for name, line in (("log", log_line), ("linear", linear_line))
-    }
+        for line in (log_line, linear_line)
+    )
+    return log, linear
 
 
 def _envelope(curves: list[Curve], options: FitOptions) -> PowerLaw:

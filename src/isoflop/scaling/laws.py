@@ -232,8 +232,8 @@ class Law(Section):
     ) -> Prediction | None:
         """Return the predicted final validation loss of a run over `tokens` that has `loss` after a share of them.
 
-        None before the first share of `progress.gaps`, at the end of the run, under another learning-rate schedule or optimizer, and
-        for a law without `progress`.
+        None before the first share of `progress.gaps`, at the end of the run, under another learning-rate schedule or optimizer,
+        and for a law without `progress`.
         """
         if optimizer not in (None, self.optimizer):
             return None

@@ -32,6 +32,22 @@ class Points(NamedTuple):
         return Points(*(None if values is None else values[chosen] for values in self))  # type: ignore[arg-type]
 
 
+class TunedPoints(NamedTuple):
+    """Final state of runs with their learning rates and batches, arrays (n,)."""
+
+    parameters: Array
+    """N without embeddings and head."""
+    tokens: Array
+    learning_rate: Array
+    """Peak of the schedule."""
+    tokens_per_step: Array
+    loss: Array
+
+    def take(self, chosen: Any) -> TunedPoints:
+        """Return the points of a mask or of indices."""
+        return TunedPoints(*(values[chosen] for values in self))
+
+
 class Curve(NamedTuple):
     """Losses during one run, arrays (m,) in the order of training."""
 

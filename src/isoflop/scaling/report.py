@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from isoflop.scaling.hyperparameters import HyperparameterLaw
+
 Interval = list[float]
 """5th and 95th percentile."""
 NOT_FITTED = "not fitted"
@@ -198,6 +200,40 @@ class Ranges(_Part):
     budgets: list[float]
 
 
+class TunedGrid(_Part):
+    """Runs of one N and D over learning rates and batches, and what the laws choose for them."""
+
+    parameters: float
+    """Without embeddings and head."""
+    tokens: float
+    runs: int
+    """Distinct pairs of learning rate and batch; runs that differ only in their seed count once, by their mean loss."""
+    best_learning_rate: float
+    """Of the run with the least loss."""
+    best_tokens_per_step: float
+    best_loss: float
+    learning_rate: float
+    """By the law."""
+    tokens_per_step: float
+    cost: float
+    """Loss of the run nearest to the law's values, less the least loss; in nats."""
+    held_out_cost: float | None
+    """The same by laws fitted without this grid; None if the other grids do not determine them."""
+    at_edge: list[str]
+    """Which of learning rate and batch is the largest or smallest of the grid in its best run."""
+
+
+class HyperparameterReport(_Part):
+    """Laws of learning rate and batch, and what they cost at each grid that they were fitted to."""
+
+    law: HyperparameterLaw
+    resamples: int
+    """Bootstrap draws behind the intervals."""
+    grids: list[TunedGrid]
+    notes: list[str]
+    warnings: list[str]
+
+
 class FitReport(_Part):
     """Every method's numbers."""
 
@@ -218,6 +254,8 @@ class FitReport(_Part):
     """By N, D and C."""
     repeated: Repeated
     leave_largest_out: HeldOutBudget
+    hyperparameters: HyperparameterReport | None = None
+    """Where the runs were sweeps over learning rates or batches."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object; numbers that are not finite, which JSON lacks, become None."""

@@ -1,0 +1,308 @@
+"""Laws of the learning rate and the batch, fitted to grids: runs of the same N and D over several of both.
+
+Around its least value a grid's loss is taken as quadratic in u = (ln rate, ln batch):
+
+    loss = level + 1/2 (u - u*)' H (u - u*),    u* = M z,    z = (1, ln N, ln D)
+
+with a level for each grid, and the curvature H and the exponents M shared by all. Expanded it is linear in H, in G = H M and in
+the levels, so one least-squares solution gives everything: M = H^-1 G. Points far above a grid's least loss are left out, since
+losses rise faster towards high learning rates than towards low ones.
+
+On the 13 grids of Step Law (arXiv:2503.04715, 1,443 runs), laws fitted to 9 grids miss the least loss of the other 4 by 0.0013
+nats on average over all 715 choices of 9, at the nearest run. Power laws through the minima of a quadratic per grid miss it by
+0.0014, and by 0.0020 where the batch depends on D alone; but a grid of few runs has no quadratic of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from isoflop.scaling.hyperparameters import HyperparameterLaw, LossCurvature, OptimizerName, PowerOfSize
+from isoflop.scaling.points import Array, TunedPoints
+from isoflop.scaling.report import HyperparameterReport, TunedGrid
+from isoflop.utils.errors import UserError
+
+AXES = ("learning rate", "batch")
+NEAR = 0.015  # nats above a grid's least loss; of 0.01, 0.015 and 0.02 the first two predict Step Law's grids best
+FEWEST_NEAR = {1: 4, 2: 12}  # points of a grid that are always used, by its axes; a quadratic has 3 and 6 coefficients
+FEWEST_VALUES = 3  # of an axis: a minimum has values on both sides
+FEWEST_SIZES = 3  # distinct N, or D, for an exponent: two points determine a power without testing it
+SAME_TOKENS = 1.05  # runs of one grid differ by this factor in D at most: their D are rounded to steps of several batches
+TOGETHER = 0.98  # correlation of ln N and ln D from which their exponents cannot be told apart
+MOST_ELONGATED = 100.0  # ratio of the curvature's eigenvalues; Step Law's is 3. Beyond it the minimum is a line
+VALID_DRAWS = 0.5  # share of the bootstrap draws that must determine the laws, else there is no interval
+
+
+class Grid(NamedTuple):
+    """Mean losses of runs of one N and D, arrays (n,) over distinct pairs of learning rate and batch."""
+
+    parameters: float
+    tokens: float
+    logs: Array
+    """(n, 2), ln learning rate and ln batch."""
+    loss: Array
+
+    @property
+    def best(self) -> int:
+        """Index of the least loss."""
+        return int(np.argmin(self.loss))
+
+    def near(self, axes: int) -> Grid:
+        """Return the points near the least loss."""
+        count = max(FEWEST_NEAR[axes], int((self.loss <= self.loss.min() + NEAR).sum()))
+        chosen = np.argsort(self.loss, kind="stable")[:count]
+        return self._replace(logs=self.logs[chosen], loss=self.loss[chosen])
+
+    def cost(self, log_rate: float, log_batch: float) -> float:
+        """Return the loss of the nearest point, in logs, above the least loss."""
+        distance = ((self.logs - (log_rate, log_batch)) ** 2).sum(axis=1)
+        return float(self.loss[np.argmin(distance)] - self.loss.min())
+
+
+class Form(NamedTuple):
+    """What is fitted: which axes have a minimum, and on which sizes it may depend."""
+
+    axes: list[int]
+    """Of `AXES`."""
+    terms: list[int]
+    """Of (1, ln N, ln D)."""
+
+
+class Surface(NamedTuple):
+    """A solution: exponents (2, 3) of (1, ln N, ln D) for rate and batch, 0 where not fitted, and H of the fitted axes."""
+
+    exponents: Array
+    curvature: Array
+
+    def at(self, parameters: float, tokens: float) -> tuple[float, float]:
+        """Return ln learning rate and ln batch at the minimum."""
+        rate, batch = self.exponents @ (1.0, math.log(parameters), math.log(tokens))
+        return float(rate), float(batch)
+
+
+def has_grids(points: TunedPoints) -> bool:
+    """Return whether any N and D has runs of several learning rates or batches."""
+    return any(len(grid.loss) > 1 for grid in grids_of(points))
+
+
+def fit_hyperparameters(
+    points: TunedPoints, optimizer: OptimizerName, source: str, resamples: int = 1000, seed: int = 0
+) -> HyperparameterReport:
+    """Fit the laws to the grids of some runs. Raises `UserError` where these do not determine them."""
+    grids = [grid for grid in grids_of(points) if len(grid.loss) > 1]
+    axes = _axes(grids)
+    terms, notes = _terms(grids)
+    form = Form(axes, terms)
+    surface = _solve(grids, form)
+    if surface is None:
+        raise UserError(
+            f"the losses of {len(grids)} grids have no minimum in {' and '.join(AXES[axis] for axis in axes)}: they do not rise"
+            " on both sides; train with lower and higher values"
+        )
+    notes += [f"{AXES[axis]}: not varied, and taken as in the runs" for axis in (0, 1) if axis not in axes]
+    draws = _bootstrap(grids, form, resamples, seed)
+    results = [_result(grid, grids, form, surface) for grid in grids]
+    enough = len(draws) >= VALID_DRAWS * resamples
+    rate, batch = (_power(surface.exponents[axis], draws[:, axis] if enough and axis in axes else None) for axis in (0, 1))
+    law = HyperparameterLaw(
+        source=source,
+        optimizer=optimizer,
+        peak_learning_rate=rate,
+        tokens_per_step=batch,
+        parameters_range=_range([grid.parameters for grid in grids]),
+        tokens_range=_range([grid.tokens for grid in grids]),
+        curvature=_curvature(surface, source),
+    )
+    warnings = _warnings(results, axes, enough)
+    return HyperparameterReport(law=law, resamples=len(draws), grids=results, notes=notes, warnings=warnings)
+
+
+def grids_of(points: TunedPoints) -> list[Grid]:
+    """Return the runs grouped by N and D, smallest first; runs of the same learning rate and batch are averaged."""
+    grids = []
+    order = np.lexsort((points.tokens, points.parameters))
+    n, d = points.parameters[order], points.tokens[order]
+    starts = np.flatnonzero((np.diff(n) != 0) | (d[1:] > SAME_TOKENS * d[:-1])) + 1
+    for group in np.split(order, starts):
+        rows = points.take(group)
+        pairs, of_row = np.unique(
+            np.log(np.column_stack([rows.learning_rate, rows.tokens_per_step])), axis=0, return_inverse=True
+        )
+        of_row = of_row.reshape(-1)
+        loss = np.bincount(of_row, rows.loss) / np.bincount(of_row)
+        grids.append(Grid(float(rows.parameters[0]), float(np.median(rows.tokens)), pairs, loss))
+    return grids
+
+
+def _axes(grids: list[Grid]) -> list[int]:
+    """Return the axes that vary within a grid. Raises `UserError` for one with too few values."""
+    most = [max((len(np.unique(grid.logs[:, axis])) for grid in grids), default=1) for axis in (0, 1)]
+    axes = [axis for axis in (0, 1) if most[axis] > 1]
+    if not axes:
+        raise UserError(
+            "no runs of the same N and D differ in learning rate or batch, so that no law of these can be fitted; train several,"
+            " e.g. by `isoflop sweep` with peak_learning_rates"
+        )
+    for axis in axes:
+        if most[axis] < FEWEST_VALUES:
+            raise UserError(
+                f"{AXES[axis]}: no N and D has more than {most[axis]} values of it, and a minimum needs {FEWEST_VALUES}; train"
+                " with more, or leave out the runs of one value"
+            )
+    return axes
+
+
+def _terms(grids: list[Grid]) -> tuple[list[int], list[str]]:
+    """Return the terms that the grids determine, and notes on those they do not. Raises `UserError` if there is none."""
+    n, d = [grid.parameters for grid in grids], [grid.tokens for grid in grids]
+    counts = {"N": _distinct(n), "D": _distinct(d)}
+    known = [name for name, count in counts.items() if count >= FEWEST_SIZES]
+    notes = [
+        f"exponent of {name} is 0: the grids have {count} distinct {name}, and an exponent needs {FEWEST_SIZES}"
+        for name, count in counts.items()
+        if name not in known
+    ]
+    if not known:
+        raise UserError(
+            f"the grids over learning rates or batches have {counts['N']} distinct N and {counts['D']} distinct D, and an"
+            f" exponent needs {FEWEST_SIZES} of either; train the same rates at more sizes or lengths"
+        )
+    if len(known) == 2 and abs(np.corrcoef(np.log(n), np.log(d))[0, 1]) > TOGETHER:
+        known = ["D"]
+        notes.append("exponent of N is 0: N and D rise together in these grids, so the laws hold for their D/N alone")
+    return [0, *(1 + ("N", "D").index(name) for name in known)], notes
+
+
+def _distinct(values: list[float]) -> int:
+    ordered = np.sort(values)
+    return 1 + int((ordered[1:] > SAME_TOKENS * ordered[:-1]).sum())
+
+
+def _solve(grids: list[Grid], form: Form) -> Surface | None:
+    """Return the least-squares solution; None where the grids do not determine it or it has no minimum."""
+    near = [grid.near(len(form.axes)) for grid in grids]
+    return _solution(near, form)
+
+
+def _solution(grids: list[Grid], form: Form) -> Surface | None:
+    sizes = np.array([(1.0, math.log(grid.parameters), math.log(grid.tokens)) for grid in grids])
+    middle = sizes.mean(axis=0) * (0, 1, 1)
+    center = np.mean([grid.logs.mean(axis=0) for grid in grids], axis=0)
+    terms = (sizes - middle)[:, form.terms]
+    if np.linalg.matrix_rank(terms) < len(form.terms):
+        return None
+    blocks = [_features(grid.logs[:, form.axes] - center[form.axes], term) for grid, term in zip(grids, terms, strict=True)]
+    design = np.concatenate([block - block.mean(axis=0) for block in blocks])  # removes the levels
+    losses = np.concatenate([grid.loss - grid.loss.mean() for grid in grids])
+    solution, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
+    if rank < design.shape[1]:
+        return None
+    k = len(form.axes)
+    curvature = np.zeros((k, k))
+    upper = np.triu_indices(k)
+    curvature[upper] = curvature.T[upper] = solution[: len(upper[0])]
+    eigenvalues = np.linalg.eigvalsh(curvature)
+    if eigenvalues[0] <= 0 or eigenvalues[-1] > MOST_ELONGATED * eigenvalues[0]:
+        return None
+    exponents = np.zeros((2, 3))
+    slopes = np.linalg.solve(curvature, solution[len(upper[0]) :].reshape(k, -1))
+    exponents[np.ix_(form.axes, form.terms)] = slopes
+    exponents[:, 0] += center * [axis in form.axes for axis in (0, 1)] - exponents @ middle
+    for axis in {0, 1} - set(form.axes):
+        exponents[axis] = _line([float(grid.logs[:, axis].mean()) for grid in grids], sizes, form.terms)
+    return Surface(exponents, curvature)
+
+
+def _features(logs: Array, term: Array) -> Array:
+    """Return the columns of H and of G = H M for one grid's points."""
+    pairs = [(i, j) for i in range(logs.shape[1]) for j in range(i, logs.shape[1])]
+    squares = [logs[:, i] * logs[:, j] / (2 if i == j else 1) for i, j in pairs]
+    return np.column_stack([*squares, *(-logs[:, i] * value for i in range(logs.shape[1]) for value in term)])
+
+
+def _line(logs: list[float], sizes: Array, terms: list[int]) -> Array:
+    """Return the power law through an axis that was not varied within grids; exponents of exactly 0 for a constant."""
+    found = np.zeros(3)
+    if np.ptp(logs) < 1e-9:
+        found[0] = logs[0]
+    else:
+        found[terms] = np.linalg.lstsq(sizes[:, terms], np.array(logs), rcond=None)[0]
+    return found
+
+
+def _bootstrap(grids: list[Grid], form: Form, resamples: int, seed: int) -> Array:
+    """Return exponents (k, 2, 3) of the draws that determine them: grids are drawn with replacement, then points of each."""
+    generator = np.random.default_rng(seed)
+    near = [grid.near(len(form.axes)) for grid in grids]
+    draws = []
+    for _ in range(resamples):
+        drawn = [near[index] for index in generator.integers(len(near), size=len(near))]
+        chosen = [_resampled(grid, generator) for grid in drawn]
+        if (surface := _solution(chosen, form)) is not None:
+            draws.append(surface.exponents)
+    return np.array(draws).reshape(-1, 2, 3)
+
+
+def _resampled(grid: Grid, generator: np.random.Generator) -> Grid:
+    chosen = generator.integers(len(grid.loss), size=len(grid.loss))
+    return grid._replace(logs=grid.logs[chosen], loss=grid.loss[chosen])
+
+
+def _power(exponents: Array, draws: Array | None) -> PowerOfSize:
+    """Return a law with the covariance of its bootstrap draws, if there are any."""
+    log_coefficient, by_n, by_d = map(float, exponents)
+    law = PowerOfSize(log_coefficient=log_coefficient, parameters_exponent=by_n, tokens_exponent=by_d)
+    if draws is None:
+        return law
+    return PowerOfSize.model_validate(law.model_dump() | {"covariance": np.cov(draws.T).tolist()})
+
+
+def _result(grid: Grid, grids: list[Grid], form: Form, surface: Surface) -> TunedGrid:
+    without = [other for other in grids if other is not grid]
+    held_out = _solve(without, form) if without else None
+    chosen = surface.at(grid.parameters, grid.tokens)
+    best = grid.logs[grid.best]
+    edges = [axis for axis in form.axes if best[axis] in (grid.logs[:, axis].min(), grid.logs[:, axis].max())]
+    return TunedGrid(
+        parameters=grid.parameters,
+        tokens=grid.tokens,
+        runs=len(grid.loss),
+        best_learning_rate=float(np.exp(best[0])),
+        best_tokens_per_step=float(np.exp(best[1])),
+        best_loss=float(grid.loss[grid.best]),
+        learning_rate=math.exp(chosen[0]),
+        tokens_per_step=math.exp(chosen[1]),
+        cost=grid.cost(*chosen),
+        held_out_cost=None if held_out is None else grid.cost(*held_out.at(grid.parameters, grid.tokens)),
+        at_edge=[AXES[axis] for axis in edges],
+    )
+
+
+def _warnings(grids: list[TunedGrid], axes: list[int], enough: bool) -> list[str]:
+    found = []
+    for axis in axes:
+        if edges := sum(AXES[axis] in grid.at_edge for grid in grids):
+            found.append(
+                f"{AXES[axis]}: in {edges} of {len(grids)} grids the least loss is at the end of the values tried; the minimum"
+                " may lie beyond: train with values further out"
+            )
+    if not enough:
+        found.append(
+            f"no intervals: fewer than {VALID_DRAWS:.0%} of the resamples of {len(grids)} grids determine the laws; add grids"
+        )
+    return found
+
+
+def _curvature(surface: Surface, source: str) -> LossCurvature | None:
+    """Return the curvature as the law states it: coefficients of squared logs; None where one axis was not varied."""
+    if surface.curvature.shape != (2, 2):
+        return None
+    h = surface.curvature
+    return LossCurvature(rate=float(h[0, 0] / 2), batch=float(h[1, 1] / 2), cross=float(h[0, 1]), source=source)
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    return min(values), max(values)
