@@ -85,6 +85,11 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
 
+def hidden_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the matrices of the repeated blocks: attention and feed-forward, without biases and norms."""
+    return [parameter for layer in decoder_layers(model) for parameter in layer.parameters() if parameter.dim() == 2]
+
+
 def final_norms(model: PreTrainedModel) -> list[nn.Module]:
     """Return the norm between the last block and the head, under each class's name for it; none where blocks end with theirs."""
     base: Any = model.base_model

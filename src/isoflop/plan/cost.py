@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
-from isoflop.config.recipe import LARGEST_TRIED, Gpt2Model, HybridModel, LlamaModel, Model, Optimizer, Training
+from isoflop.config.recipe import LARGEST_TRIED, Gpt2Model, HybridModel, LlamaModel, Model, Training
+from isoflop.config.recipe_optimizer import Optimizer
 from isoflop.plan import hardware
 
 # Copied from `modeling.loss`, which imports nothing of this package; a test keeps them equal.

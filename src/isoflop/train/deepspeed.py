@@ -34,7 +34,12 @@ def is_deepspeed(optimizer: Any) -> bool:
 
 
 def require_supported(recipe: Recipe) -> None:
-    """Refuse what needs the gradients before the update. Raises `UserError`."""
+    """Refuse what needs entire matrices, or the gradients before the update. Raises `UserError`."""
+    if recipe.optimizer.name == "muon":
+        raise UserError(
+            "optimizer.name = 'muon': not with DeepSpeed, whose flat partitions cut matrices apart; launch with a config of"
+            " FSDP2, which shards optimizer state too (2gpu_fsdp2 instead of 2gpu_zero1), or of DDP, or set optimizer.name: adamw"
+        )
     wanted = {
         "anomalies.policy = 'skip'": recipe.anomalies.policy == "skip",
         "output.layer_norms = true": recipe.output.layer_norms,

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isoflop.config.recipe import Optimizer, Schedule
+from isoflop.config.recipe_optimizer import Optimizer, Schedule
+from isoflop.modeling.build import hidden_matrices
+from isoflop.train.muon import Muon
+from isoflop.train.parametrization import Scale
 
 
 def learning_rate(step: int, num_steps: int, peak: float, schedule: Schedule) -> float:
@@ -34,13 +37,47 @@ def learning_rate(step: int, num_steps: int, peak: float, schedule: Schedule) ->
             return peak + (final - peak) * progress
 
 
-def build_optimizer(model: nn.Module, optimizer: Optimizer, device: torch.device) -> torch.optim.Optimizer:
-    """Return AdamW over fp32 weights, with weight decay on matrices and embeddings (2 dimensions), none on norms and biases."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+def build_optimizer(
+    model: nn.Module, optimizer: Optimizer, device: torch.device, scales: dict[str, Scale] | None = None
+) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer over fp32 weights, with weight decay on matrices and embeddings, none on norms and biases.
+
+    `scales` are the parametrization's factors, by the names of `model.named_parameters()`.
+    """
+    if optimizer.name == "adamw":
+        return _adamw(parameter_groups(model, optimizer, scales or {}), optimizer, device)
+    moments_dtype = getattr(torch, optimizer.moments_dtype)
+    groups = parameter_groups(model, optimizer, scales or {})
+    return Muon(groups, lambda rest: _adamw(rest, optimizer, device), moments_dtype)
+
+
+def parameter_groups(model: nn.Module, optimizer: Optimizer, scales: dict[str, Scale]) -> list[dict[str, Any]]:
+    """Return the groups of parameters that share algorithm, learning rate, epsilon and weight decay."""
+    matrices = {id(p) for p in hidden_matrices(model)} if optimizer.name == "muon" else set()
+    rest = (optimizer.adamw_learning_rate or optimizer.peak_learning_rate) / optimizer.peak_learning_rate
+    groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, parameter in sorted(trained, key=lambda pair: pair[1].dim() < 2):  # matrices first
+        by_muon, scale = id(parameter) in matrices, scales.get(name, Scale())
+        ratio = scale.learning_rate * (1.0 if by_muon else rest)
+        decay = optimizer.weight_decay * scale.weight_decay if parameter.dim() >= 2 else 0.0
+        key = ("muon" if by_muon else "adamw", ratio, optimizer.epsilon * scale.epsilon, decay, parameter.dim() >= 2)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "algorithm": algorithm, "lr_ratio": ratio, "eps": epsilon, "weight_decay": decay}
+        | {"lr": optimizer.peak_learning_rate * ratio}
+        | ({"momentum": optimizer.momentum} if algorithm == "muon" else {})
+        for (algorithm, ratio, epsilon, decay, _), parameters in groups.items()
     ]
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Set the learning rate of a step, each group's in its ratio to the recipe's peak_learning_rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_ratio"]
+
+
+def _adamw(groups: list[dict[str, Any]], optimizer: Optimizer, device: torch.device) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {
         "lr": optimizer.peak_learning_rate,
         "betas": (optimizer.beta1, optimizer.beta2),
@@ -53,9 +90,12 @@ def build_optimizer(model: nn.Module, optimizer: Optimizer, device: torch.device
 
 
 def fresh_moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state that AdamW makes at a parameter's first step. torch's fused AdamW counts steps on the device."""
-    device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+    """Return the state that AdamW or Muon makes at a parameter's first step. torch's fused AdamW counts steps on the device."""
     dtype = getattr(optimizer, "moments_dtype", parameter.dtype)
+    by_muon = [group for group in optimizer.param_groups if group.get("algorithm") == "muon"]
+    if any(parameter is p for group in by_muon for p in group["params"]):
+        return {"momentum_buffer": torch.zeros_like(parameter, dtype=dtype, requires_grad=False)}
+    device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
     moments = {key: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
     return {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isoflop.train.muon import Muon
+
 # Micro-batches enqueued beyond the one that the GPU works on. A signal is answered between two micro-batches on the host, and a
 # save waits for what is enqueued: without a limit that could be an entire step, longer than a launcher's grace period.
 MICRO_BATCHES_AHEAD = 2
@@ -75,8 +77,8 @@ class Readback:
 
 
 def updates_unless_flagged(optimizer: Any) -> bool:
-    """Return whether a flag on the device can skip an optimizer's update (torch's fused kernels, as with `GradScaler`)."""
-    return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
+    """Return whether a flag on the device can skip an optimizer's update (torch's fused AdamW, as with `GradScaler`; Muon)."""
+    return isinstance(optimizer, torch.optim.AdamW | Muon) and bool(optimizer.defaults.get("fused"))
 
 
 def update_unless(flag: Tensor, optimizer: Any, step: Any) -> None:

@@ -35,6 +35,7 @@ from isoflop.train.devices import lacks_bf16
 from isoflop.train.engines import configure_accumulation, launch_of, prepare, require_supported
 from isoflop.train.metrics import peak_memory_bytes
 from isoflop.train.optimizers import build_optimizer
+from isoflop.train.parametrization import parameter_scales
 from isoflop.train.run_ahead import Ahead, Throttle, updates_unless_flagged
 from isoflop.train.run_folder import RunFolder
 from isoflop.train.signals import StopRequest, grace_s
@@ -214,7 +215,8 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
     tokenizer = open_tokenizer(recipe.data.prepared_dir)
     training_model = build_training_model(recipe, tokens.eos_token_id, tokens.bos_token_id, accelerator.device)
     downstream = build_downstream(recipe.evaluation, training_model, tokenizer, accelerator, stop)
-    optimizer = build_optimizer(training_model, recipe.optimizer, accelerator.device)
+    causal_lm = training_model.causal_lm
+    optimizer = build_optimizer(causal_lm, recipe.optimizer, accelerator.device, parameter_scales(causal_lm, recipe))
     model, optimizer = prepare(training_model, optimizer, accelerator)
     prepared_dir = recipe.data.prepared_dir
     return Job(

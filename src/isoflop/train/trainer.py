@@ -30,7 +30,7 @@ from isoflop.train.evaluation import bits_per_byte, validation_loss
 from isoflop.train.flight_recorder import describe_dumps, enable_flight_recorder
 from isoflop.train.garbage import StepCollector, collected_by_hand
 from isoflop.train.metrics import LayerNorms, MetricsLog, full_tensor, layer_norms, peak_memory_bytes
-from isoflop.train.optimizers import learning_rate
+from isoflop.train.optimizers import learning_rate, set_learning_rate
 from isoflop.train.outcome import draw, finish, forecast, push_to_hub, run_downstream, write_samples
 from isoflop.train.profiling import StepProfiler, profile_steps
 from isoflop.train.records import Row
@@ -280,8 +280,7 @@ def sum_gradients(job: Job, step: int, batch: int) -> torch.Tensor | None:
     """Compute this rank's gradients of `batch` in a 0-based step. Returns the summed loss; None where a signal came."""
     recipe, accelerator, model = job.recipe, job.accelerator, job.model
     step_learning_rate = learning_rate(step, job.num_steps, recipe.optimizer.peak_learning_rate, recipe.schedule)
-    for group in job.optimizer.param_groups:  # before the backward pass: DeepSpeed updates inside the last one
-        group["lr"] = step_learning_rate
+    set_learning_rate(job.optimizer, step_learning_rate)  # before the backward pass: DeepSpeed updates inside the last one
     # Dropout depends on (seed, step, rank) alone, so no random state is saved, and nothing done between steps changes it.
     torch.manual_seed(derived_seed(recipe.seed, step, accelerator.process_index))
     loss_sum = torch.zeros((), device=accelerator.device)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from isoflop.config.loading import load_recipe
-from isoflop.config.recipe import Gpt2Model, HybridModel, LlamaModel, Optimizer, Training
+from isoflop.config.recipe import Gpt2Model, HybridModel, LlamaModel, Training
+from isoflop.config.recipe_optimizer import Optimizer
 from isoflop.modeling import loss
 from isoflop.modeling.build import build_config, build_model
 from isoflop.plan import cost, hardware

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isoflop.config.recipe import Optimizer, Schedule
+from isoflop.config.recipe_optimizer import Optimizer, Schedule
 from isoflop.train.optimizers import build_optimizer, learning_rate
 
 CPU = torch.device("cpu")
