@@ -15,14 +15,18 @@ from isoflop.cli.parser import Parser
 from isoflop.plan import hardware, report
 from isoflop.plan.budgets import plan_budget
 from isoflop.plan.families import FAMILIES, PUBLISHED_MODELS
+from isoflop.plan.gpus import check_bounds
+from isoflop.plan.hyperparameters import choose, law_for
 from isoflop.plan.models import plan_model, plan_shape
 from isoflop.plan.planner import get_law, plan
 from isoflop.plan.results import Plan
 from isoflop.plan.summary import written_text
+from isoflop.scaling.hyperparameter_laws import HYPERPARAMETER_LAWS
 from isoflop.scaling.laws import DEFAULT_LAW, PUBLISHED
 from isoflop.utils.errors import UserError
 
 Answer = tuple[dict[str, Any], str]  # as JSON and as text
+QUESTIONS = ("recipe", "budget", "compare", "models", "shape", "hyperparameters")
 FLAGS = ("--json", "--full", "--measure", "--help")  # options without a value
 
 DESCRIPTION = """\
@@ -35,6 +39,7 @@ Nothing is trained, and no GPU is needed.
   isoflop plan compare gpt2_1.36b llama2_1.36b
   isoflop plan models llama-3-8b
   isoflop plan shape --parameters 182.4e6 --aspect 32
+  isoflop plan hyperparameters --parameters-without-vocabulary 1e9 --tokens 2e10
 """
 
 
@@ -54,7 +59,7 @@ def main(argv: list[str], prog: str = "isoflop plan") -> int:
 
 def with_subcommand(argv: list[str]) -> list[str]:
     """Return a command line with its subcommand first, also where it is left out as in `scripts/plan.py recipes/x.yaml`."""
-    if not argv or argv[0] in ("recipe", "budget", "compare", "models", "shape", "-h", "--help"):
+    if not argv or argv[0] in (*QUESTIONS, "-h", "--help"):
         return argv
     words, value_of = [], 0
     for position, argument in enumerate(argv):
@@ -84,6 +89,7 @@ def _parser(prog: str) -> tuple[Parser, dict[str, tuple[Parser, Callable[[argpar
         ("compare", "recipes side by side", _compare_options, _compare),
         ("models", "the published models, or one of them as a recipe", _models_options, _models),
         ("shape", "a model shape for a number of parameters", _shape_options, _shape),
+        ("hyperparameters", "learning rate, batch and weight decay for N and D", _hyperparameters_options, _hyperparameters),
     ):
         command = adding.add_parser(name, help=short, description=f"{short[0].upper()}{short[1:]}.", prog=f"{prog} {name}")
         add_options(command)
@@ -126,6 +132,25 @@ def _write_option(parser: Parser) -> None:
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="write a recipe for `pretrain`, a new .yaml file (default: none)"
     )
+
+
+def _tuning_options(parser: Parser) -> None:
+    _optimizer_option(parser, "the family's")
+    parser.add_argument(
+        "--hyperparameter-law",
+        metavar="LAW",
+        help=f"learning rate and batch of the recipe: {', '.join(HYPERPARAMETER_LAWS)}, or a file of `fit` (default: --law's file"
+        " where it has one, else step_law; muon: nanochat or quickstart_muon)",
+    )
+
+
+def _tuning(options: argparse.Namespace) -> dict[str, Any]:
+    """Return optimizer and law of learning rate and batch as arguments."""
+    return {"optimizer": options.optimizer, "hyperparameter_law": options.hyperparameter_law}
+
+
+def _optimizer_option(parser: Parser, default: str) -> None:
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), metavar="NAME", help=f"adamw or muon (default: {default})")
 
 
 def _full_option(parser: Parser) -> None:
@@ -173,6 +198,7 @@ def _budget_options(parser: Parser) -> None:
         "--constrain-tokens-per-parameter", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="keep D/N between these (default: at least 1)",
     )  # fmt: skip
+    _tuning_options(parser)
     _write_option(parser)
     _full_option(parser)
 
@@ -188,6 +214,7 @@ def _budget(options: argparse.Namespace) -> Answer:
         law=options.law,
         tokens_per_parameter=(bounds[0], bounds[1]) if bounds else None,
         write=options.write,
+        **_tuning(options),
         **_hardware(options),
     )
     written = f"\n\n{written_text(found.planned)}" if options.write else ""
@@ -216,6 +243,7 @@ def _models_options(parser: Parser) -> None:
     parser.add_argument("name", nargs="*", metavar="NAME", help="the model to plan (default: a table of all)")
     _hardware_options(parser, "tables of 1, 2, 4 and 8")
     _law_option(parser)
+    _tuning_options(parser)
     _write_option(parser)
     _full_option(parser)
 
@@ -229,7 +257,7 @@ def _models(options: argparse.Namespace) -> Answer:
             raise UserError(f"--{given[0].replace('_', '-')} is for one model; give its name, e.g. models llama-3-8b")
         models = PUBLISHED_MODELS.values()
         return {"models": [published.to_dict() for published in models]}, report.models_text(models)
-    planned = plan_model(options.name[0], law=options.law, write=options.write, **_hardware(options))
+    planned = plan_model(options.name[0], law=options.law, write=options.write, **_tuning(options), **_hardware(options))
     written = f"\n\n{written_text(planned)}" if options.write else ""
     return planned.plan.to_dict(), _plan_text(planned.plan, options.full) + written
 
@@ -241,6 +269,7 @@ def _shape_options(parser: Parser) -> None:
     group.add_argument("--aspect", type=int, metavar="RATIO", help="width / layers and width / heads")
     _family_options(parser, "gpt2")
     _law_option(parser)
+    _tuning_options(parser)
     _write_option(parser)
 
 
@@ -253,6 +282,37 @@ def _shape(options: argparse.Namespace) -> Answer:
         sequence_length=options.sequence_length,
         law=options.law,
         write=options.write,
+        **_tuning(options),
     )
     written = f"\n{written_text(found.planned)}" if found.planned else ""
     return found.to_dict(), report.target_text(found) + written
+
+
+def _hyperparameters_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--parameters-without-vocabulary", type=float, required=True, metavar="N", help="all parameters but embeddings and head"
+    )
+    parser.add_argument("--tokens", type=float, required=True, metavar="D", help="tokens of the run")
+    _optimizer_option(parser, "adamw")
+    names = ", ".join(HYPERPARAMETER_LAWS)
+    parser.add_argument(
+        "--law",
+        metavar="LAW",
+        help=f"{names}, or a file of `fit` (default: step_law; muon: nanochat or quickstart_muon, the nearer)",
+    )
+    group = parser.add_argument_group("a batch that divides (default: the law's)")
+    group.add_argument("--sequence-length", type=int, metavar="TOKENS", help="tokens of a window")
+    group.add_argument("--micro-batch-size", type=int, metavar="N", help="windows in a forward pass per GPU (default: 1)")
+    group.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: 1)")
+
+
+def _hyperparameters(options: argparse.Namespace) -> Answer:
+    n, d, sequence_length = options.parameters_without_vocabulary, options.tokens, options.sequence_length
+    micro, gpus = options.micro_batch_size, options.gpus
+    check_bounds(parameters_without_vocabulary=n, tokens=d, sequence_length=sequence_length, micro_batch_size=micro, gpus=gpus)
+    if sequence_length is None and (micro or gpus):
+        given = "--micro-batch-size" if micro else "--gpus"
+        raise UserError(f"{given} rounds the batch to what divides, which needs --sequence-length, e.g. --sequence-length 2048")
+    unit = sequence_length and sequence_length * (micro or 1) * (gpus or 1)
+    found = choose(law_for(options.optimizer or "adamw", n, d, options.law), n, d, batch_unit=unit)
+    return found.to_dict(), str(found)

@@ -14,7 +14,7 @@ from isoflop.plan import cost, hardware
 from isoflop.plan.families import ASPECT_RATIO, Family
 from isoflop.plan.gpus import GpuOptions, GpuSpec, check_bounds
 from isoflop.plan.models import family_at
-from isoflop.plan.planned_recipe import NewRecipe, PlannedRecipe, plan_new_recipe
+from isoflop.plan.planned_recipe import NewRecipe, PlannedRecipe, Tuning, plan_new_recipe
 from isoflop.plan.planner import get_law, gpu_cost
 from isoflop.plan.results import GpuCost, dollars_dict, mfu_dict
 from isoflop.plan.search import (
@@ -27,6 +27,7 @@ from isoflop.plan.search import (
     near_optimal,
     search,
 )
+from isoflop.scaling.hyperparameters import OptimizerName
 from isoflop.scaling.laws import DEFAULT_LAW, PUBLISHED, Law, load_law, prediction_json
 from isoflop.utils.errors import UserError
 
@@ -160,6 +161,7 @@ class BudgetPlan:
                 "micro_batch_size": training.micro_batch_size,
                 "predicted_loss": plan.prediction.predicted_loss,
                 "repeated_data": plan.repeated_data and asdict(plan.repeated_data),
+                "hyperparameters": self.planned.hyperparameters and self.planned.hyperparameters.to_dict(),
                 "notes": list(self.planned.notes),
                 "path": self.planned.path and str(self.planned.path),
             },
@@ -188,12 +190,15 @@ def plan_budget(
     sequence_length: int | None = None,
     law: Law | str | Path | None = None,
     tokens_per_parameter: Bounds | None = None,
+    optimizer: OptimizerName | None = None,
+    hyperparameter_law: str | None = None,
     write: str | Path | None = None,
 ) -> BudgetPlan:
     """Return the best shapes of a family for a budget: training FLOPs, days of GPUs, or dollars.
 
-    family: a name, a published model or a recipe. tokens_per_parameter: lowest and highest D/N. write: a file for the
-    best shape's recipe. The other arguments are those of `isoflop.plan.planner.plan`.
+    family: a name, a published model or a recipe. tokens_per_parameter: lowest and highest D/N. optimizer: adamw or muon;
+    default: the family's. hyperparameter_law: a law of learning rate and batch. write: a file for the best shape's recipe.
+    The other arguments are those of `isoflop.plan.planner.plan`.
 
     Raises `UserError` for no budget or two, for a budget that is too small, and for an unknown family, law or GPU.
     """
@@ -204,8 +209,9 @@ def plan_budget(
         raise UserError(f"--constrain-tokens-per-parameter {low:g} {high:g} is not 0 <= LOW < HIGH; give e.g. 10 30")
     own_law, path = get_law(law), Path(write) if write is not None else None
     budget = _budget({"flops": flops, "days": days, "dollars": dollars}, options)
+    of_family, tuning = family_at(family, sequence_length), Tuning(optimizer, hyperparameter_law)
     return _search_and_plan(
-        family_at(family, sequence_length), budget, own_law, tokens_per_parameter, options, path, named_law=law is not None
+        of_family, budget, own_law, tokens_per_parameter, options, path, named_law=law is not None, tuning=tuning
     )
 
 
@@ -239,6 +245,7 @@ def _search_and_plan(
     path: Path | None,
     *,
     named_law: bool,
+    tuning: Tuning,
 ) -> BudgetPlan:
     flops: float | FlopsOf = budget.flops if isinstance(budget, GpuHours) else budget
     ranked = search(family, flops, law, constraint)
@@ -249,7 +256,7 @@ def _search_and_plan(
     near_20n = [] if constraint or outside else near_optimal(_search_if_any(family, flops, law, NEAR_20N))
     by_law = {known: _search_if_any(family, flops, load_law(known), constraint)[:1] for known in PUBLISHED}
     price, source = options.price_per_gpu_hour, f"{best.flops:.6g} FLOPs"
-    new = NewRecipe(best.model, best.tokens, best.predicted_loss, family, law, named_law, options, source, path)
+    new = NewRecipe(best.model, best.tokens, best.predicted_loss, family, law, named_law, options, source, path, tuning)
     return BudgetPlan(
         family=family,
         budget=budget,
@@ -261,7 +268,9 @@ def _search_and_plan(
         near_optimal=tuple(_ranked(candidate, family, law) for candidate in ties),
         near_20_tokens_per_parameter=tuple(_ranked(candidate, family, law) for candidate in near_20n),
         best_by_law={name: _ranked(found[0], family, load_law(name)) for name, found in by_law.items() if found},
-        gpus=tuple(gpu_cost(spec, best.flops, best.parameters, price) for spec in options.specs()),
+        gpus=tuple(
+            gpu_cost(spec, spec.hours(best.flops, best.parameters), best.parameters, price) for spec in options.specs()
+        ),
         price_per_gpu_hour=price,
         search_warnings=tuple(_warnings(best, ties, family)),
         planned=plan_new_recipe(new, family.recipe),

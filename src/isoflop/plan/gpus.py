@@ -16,6 +16,7 @@ SHOWN_GPUS = ("rtx5090", "a6000", "a100", "h20", "h100", "h200")  # where the us
 BOUNDS = {
     "flops": (0, 1e30), "gpus": (0, 1e6), "days": (0, 1e5), "dollars": (0, 1e12), "price": (1e-6, 1e6), "mfu": (0, 1),
     "peak_tflops": (1e-3, 1e6), "sequence_length": (1, 1e8), "parameters": (0, 1e15), "width": (0, 1e6), "aspect": (0, 1e5),
+    "parameters_without_vocabulary": (0, 1e15), "tokens": (0, 1e18), "micro_batch_size": (0, 1e6),
 }  # fmt: skip
 
 

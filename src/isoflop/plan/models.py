@@ -13,9 +13,10 @@ from isoflop.config.recipe import Model
 from isoflop.plan import cost
 from isoflop.plan.families import PUBLISHED_MODELS, Family, PublishedModel, at_sequence_length, load_family
 from isoflop.plan.gpus import GpuOptions, check_bounds
-from isoflop.plan.planned_recipe import NewRecipe, PlannedRecipe, plan_new_recipe
+from isoflop.plan.planned_recipe import NewRecipe, PlannedRecipe, Tuning, plan_new_recipe
 from isoflop.plan.planner import get_law
 from isoflop.plan.search import COMPUTE_OPTIMAL, shape_for_target
+from isoflop.scaling.hyperparameters import OptimizerName
 from isoflop.scaling.laws import Law
 from isoflop.utils.errors import UserError, nearest
 
@@ -66,11 +67,14 @@ def plan_model(
     mfu: float | None = None,
     peak_tflops: float | None = None,
     price_per_gpu_hour: float | None = None,
+    optimizer: OptimizerName | None = None,
+    hyperparameter_law: str | None = None,
     write: str | Path | None = None,
 ) -> PlannedRecipe:
     """Plan a published model as a recipe, on its own tokens, or on 20 per parameter where they are not published.
 
-    write: the file of the recipe. The other arguments are those of `isoflop.plan.planner.plan`. Raises `UserError`.
+    optimizer and hyperparameter_law: as in `plan_budget`. write: the file of the recipe.
+    The other arguments are those of `isoflop.plan.planner.plan`. Raises `UserError`.
     """
     published, family, own_law = published_model(name), load_family(name), get_law(law)
     tokens = published.training_tokens or float(COMPUTE_OPTIMAL * published.parameters)
@@ -87,6 +91,7 @@ def plan_model(
         options=GpuOptions(gpu, num_gpus, mfu, peak_tflops, price_per_gpu_hour),
         source=source,
         path=Path(write) if write is not None else None,
+        tuning=Tuning(optimizer, hyperparameter_law),
     )
     return plan_new_recipe(new, name, num_gpus=2)
 
@@ -99,11 +104,14 @@ def plan_shape(
     family: str = "gpt2",
     sequence_length: int | None = None,
     law: Law | str | Path | None = None,
+    optimizer: OptimizerName | None = None,
+    hyperparameter_law: str | None = None,
     write: str | Path | None = None,
 ) -> TargetShape:
     """Return the shape that two of N, width and aspect give; N = 12 layers width^2, aspect = width / layers = width / heads.
 
-    write: a recipe that trains the shape on 20 tokens per parameter. Raises `UserError` where the numbers do not divide.
+    optimizer and hyperparameter_law: as in `plan_budget`. write: a recipe that trains the shape on 20 tokens per parameter.
+    Raises `UserError` where the numbers do not divide.
     """
     check_bounds(parameters=parameters, width=width, aspect=aspect, sequence_length=sequence_length)
     of_family = family_at(family, sequence_length)
@@ -121,6 +129,7 @@ def plan_shape(
         options=GpuOptions(),
         source=f"{COMPUTE_OPTIMAL} tokens a parameter",
         path=Path(write),
+        tuning=Tuning(optimizer, hyperparameter_law),
     )
     return TargetShape(of_family, model, plan_new_recipe(new, of_family.recipe, num_gpus=2))
 

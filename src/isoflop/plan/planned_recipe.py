@@ -7,16 +7,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from isoflop.config.loading import load_recipe
 from isoflop.config.recipe import Model, Recipe
 from isoflop.plan import cost
 from isoflop.plan.families import Family
 from isoflop.plan.gpus import GpuOptions
+from isoflop.plan.hyperparameters import Hyperparameters, law_for, parameters_without_vocabulary
 from isoflop.plan.launches import known_launches
 from isoflop.plan.planner import plan_recipe
 from isoflop.plan.recipe_writer import Target, recipe_for, write_recipe
 from isoflop.plan.results import Plan
-from isoflop.scaling.laws import Law
+from isoflop.scaling.hyperparameters import HyperparameterLaw, OptimizerName
+from isoflop.scaling.laws import FAR, Law
+from isoflop.utils.errors import UserError
+
+
+class Tuning(NamedTuple):
+    """What the learning rate and the batch of a new recipe are chosen for, and by what."""
+
+    optimizer: OptimizerName | None = None
+    """Default: that of the family's recipe."""
+    law: str | None = None
+    """Name or file of a law of learning rate and batch; default: that of the loss law's file, else the optimizer's default."""
+
+
+AS_THE_FAMILY = Tuning()
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,7 @@ class NewRecipe:
     source: str
     """What the tokens come from, e.g. a budget, for the header of the file."""
     path: Path | None = None
+    tuning: Tuning = AS_THE_FAMILY
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ class PlannedRecipe:
     recipe: Recipe
     notes: tuple[str, ...]
     """Values that differ from the family's recipe, and why."""
+    hyperparameters: Hyperparameters | None
+    """What a law gave for learning rate, batch and schedule; None where those of the family were kept."""
     plan: Plan
     launch: cost.Launch
     config: Path | None
@@ -59,17 +79,44 @@ def plan_new_recipe(new: NewRecipe, name: str, num_gpus: int = 1) -> PlannedReci
     known = known_launches(new.options.num_gpus or 1)
     launch = known.for_gpus(new.options.num_gpus or 1)
     target = Target(launch, new.options.specs()[0].memory_bytes if new.options.gpu else None)
-    recipe, notes = recipe_for(
-        new.model, new.tokens, new.family, new.predicted_loss, new.path.stem if new.path else "plan", target
-    )
+    name_of_run = new.path.stem if new.path else "plan"
+    law, kept = _hyperparameter_law(new)
+    made = recipe_for(new.model, new.tokens, new.family, new.predicted_loss, name_of_run, target, law)
+    recipe, notes, chosen = made.recipe, [*kept, *made.notes], made.hyperparameters
     plan = plan_recipe(recipe, name, new.law, new.options, num_gpus=num_gpus)
     if new.path:
         written = recipe.model_copy(update={"law": new.law.name}) if new.named_law else recipe
-        write_recipe(new.path, written, [*_header(new, plan), *notes])
-    return PlannedRecipe(recipe, tuple(notes), plan, launch, known.configs.get(launch.name), new.path)
+        write_recipe(new.path, written, [*_header(new, plan, chosen), *notes])
+    return PlannedRecipe(recipe, tuple(notes), chosen, plan, launch, known.configs.get(launch.name), new.path)
 
 
-def _header(new: NewRecipe, plan: Plan) -> list[str]:
+def _hyperparameter_law(new: NewRecipe) -> tuple[HyperparameterLaw | None, list[str]]:
+    """Return the law of learning rate and batch; or None and a note, where the family's own values are kept.
+
+    A law that was named is used for any size. The default is not used beyond its own runs by more than the factor `FAR`.
+    """
+    base = load_recipe(new.family.recipe)
+    optimizer, n = new.tuning.optimizer or base.optimizer.name, parameters_without_vocabulary(new.model)
+    fitted = new.law.hyperparameters
+    if new.tuning.law is None and fitted and fitted.optimizer == optimizer:
+        law = fitted if fitted.name else fitted.model_copy(update={"name": new.law.name})
+    else:
+        law = law_for(optimizer, n, new.tokens, new.tuning.law)
+    if base.parametrization.name != "standard":
+        reason = f"parametrization.name = {base.parametrization.name} scales them from its base"
+    elif new.tuning.law is None and (outside := law.outside(n, new.tokens, factor=FAR)):
+        reason = f"law {law.name} is far from its runs: {'; '.join(outside)}"
+    else:
+        return law, []
+    if optimizer != base.optimizer.name:
+        raise UserError(
+            f"--optimizer {optimizer}: {reason}, and {new.family.recipe} has values for {base.optimizer.name} alone; name a law"
+            " by --hyperparameter-law"
+        )
+    return None, [f"learning rate and batch: those of {new.family.recipe}, {reason}; name a law by --hyperparameter-law"]
+
+
+def _header(new: NewRecipe, plan: Plan, chosen: Hyperparameters | None) -> list[str]:
     prediction, repeated = plan.prediction, plan.repeated_data
     if prediction.predicted_loss is None:
         predicted = f"law {plan.law} has no prediction: {prediction.outside}"
@@ -80,5 +127,6 @@ def _header(new: NewRecipe, plan: Plan) -> list[str]:
     return [
         f"Planned from {new.source}: {plan.stats.parameters:,} parameters, D/N {plan.stats.tokens_per_parameter:.2f};"
         f" {predicted}.",
-        f"Data, optimizer and the rest are those of {new.family.recipe}.",
+        f"{'Data' if chosen else 'Data, optimizer'} and the rest are those of {new.family.recipe}.",
+        *([f"Law {chosen.law.name}: {chosen.law.source}.", *chosen.lines()] if chosen else []),
     ]

@@ -17,6 +17,7 @@ from isoflop.data.manifest import FILE_NAME, Manifest, read_manifest
 from isoflop.data.notes import data_notes
 from isoflop.plan import cost, hardware
 from isoflop.plan.gpus import GpuOptions, GpuSpec
+from isoflop.plan.hyperparameter_comparison import compare_hyperparameters
 from isoflop.plan.launches import known_launches
 from isoflop.plan.results import (
     Communication,
@@ -121,6 +122,7 @@ def plan_recipe(
         laws=laws,
         critical_batch_tokens=critical_batch_tokens(min(by_formula, math.log(recipe.model.vocab_size))),
         memory_and_time=memory_and_time(recipe, stats, options, specs or options.specs(), num_gpus),
+        hyperparameters=compare_hyperparameters(recipe, stats.tokens, law),
         recipe_warnings=(),
     )
     return replace(plan, recipe_warnings=(*_warnings(plan), *data_notes(recipe, prepared_manifest(recipe))))
@@ -166,7 +168,7 @@ def law_prediction(law: Law, recipe: Recipe, tokens: float) -> LawPrediction:
     best_n, best_d = law.optimum(6 * n * tokens)
     known = law.outside(best_n, best_d, model.vocab_size) is None
     return LawPrediction(
-        **prediction_json(law.predict(model, tokens)),
+        **prediction_json(law.predict(model, tokens, recipe.optimizer.name)),
         counted_parameters=n,
         optimal_parameters=best_n if known else None,
         optimal_tokens=best_d if known else None,

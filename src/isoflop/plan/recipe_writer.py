@@ -14,6 +14,8 @@ from isoflop.config.loading import load_recipe, to_yaml, validate_recipe
 from isoflop.config.recipe import Model, Recipe
 from isoflop.plan import cost
 from isoflop.plan.families import Family
+from isoflop.plan.hyperparameters import WARMUP_SHARE, Hyperparameters, choose, parameters_without_vocabulary
+from isoflop.scaling.hyperparameters import HyperparameterLaw
 from isoflop.scaling.laws import critical_batch_tokens
 from isoflop.utils.credentials import hide_credentials
 from isoflop.utils.errors import UserError
@@ -22,7 +24,8 @@ from isoflop.utils.errors import UserError
 # batch allows larger ones.
 STEPS = (1_000, 250_000)
 MIN_WINDOWS = 8  # in a step
-WARMUP_SHARE = 0.1  # of the steps at most; the 1.3B to 2.2B recipes warm up over 2,000 of 25,000
+MOST_ROUNDING = 4  # micro-batches in a law's batch per GPU at least, so that rounding changes it by an eighth at most
+MUON_KEYS = ("adamw_learning_rate", "momentum")
 
 
 class Target(NamedTuple):
@@ -33,17 +36,37 @@ class Target(NamedTuple):
     """Memory of one GPU; None: no limit."""
 
 
+class MadeRecipe(NamedTuple):
+    """A recipe of a shape, and why its values are what they are."""
+
+    recipe: Recipe
+    notes: list[str]
+    """One for each value that differs from the family's recipe."""
+    hyperparameters: Hyperparameters | None
+    """What the law gave; None where the family's learning rate and batch were kept."""
+
+
 def recipe_for(
-    model: Model, tokens: float, family: Family, predicted_loss: float, name: str, target: Target
-) -> tuple[Recipe, list[str]]:
-    """Return a recipe that spends `tokens` on a shape, and a note for each value that differs from the family's recipe.
+    model: Model,
+    tokens: float,
+    family: Family,
+    predicted_loss: float,
+    name: str,
+    target: Target,
+    law: HyperparameterLaw | None = None,
+) -> MadeRecipe:
+    """Return a recipe that spends `tokens` on a shape, with the learning rate, batch and schedule of a law, or the family's own.
 
     Steps are rounded down, so that the budget is not exceeded. The GPUs divide the windows of a step. Raises `UserError` where
     the tokens are less than a step.
     """
     sequence_length = family.sequence_length
     base, num_gpus = load_recipe(family.recipe), target.launch.num_processes
-    windows, notes = _windows_per_step(base, model, tokens, sequence_length, predicted_loss, num_gpus)
+    chosen = _by_law(law, base, model, tokens, sequence_length, predicted_loss, num_gpus) if law else None
+    if chosen:
+        windows, notes = int(chosen.tokens_per_step.value) // sequence_length, chosen.warnings
+    else:
+        windows, notes = _windows_per_step(base, model, tokens, sequence_length, predicted_loss, num_gpus)
     tokens_per_step = windows * sequence_length
     steps = int(tokens // tokens_per_step)
     if not steps:
@@ -64,11 +87,40 @@ def recipe_for(
         "max_steps": steps,
     }
     tree["schedule"]["warmup_steps"] = min(base.schedule.warmup_steps, int(WARMUP_SHARE * steps))
+    if chosen:
+        tree["optimizer"], tree["schedule"] = _optimizer(tree["optimizer"], chosen), _schedule(chosen)
     tree["output"]["run_dir"] = f"runs/{name}"
     if sequence_length != base.training.sequence_length:
         tree["data"]["prepared_dir"] = re.sub(r"-\d+$", "", tree["data"]["prepared_dir"]) + f"-{sequence_length}"
     recipe, more = _fit_micro_batch(validate_recipe(tree, f"recipe {name}"), target)
-    return recipe, notes + more
+    return MadeRecipe(recipe, notes + more, chosen)
+
+
+def _by_law(
+    law: HyperparameterLaw, base: Recipe, model: Model, tokens: float, sequence_length: int, predicted_loss: float, num_gpus: int
+) -> Hyperparameters:
+    """Return the law's values, with a batch that the GPUs and, where it is small beside the batch, the micro-batch divide."""
+    n, micro = parameters_without_vocabulary(model), base.training.micro_batch_size
+    windows_per_gpu = law.tokens_per_step.at(n, tokens).value / sequence_length / num_gpus
+    while micro > 1 and micro * MOST_ROUNDING > windows_per_gpu:
+        micro //= 2
+    loss = min(predicted_loss, math.log(model.vocab_size))
+    return choose(law, n, tokens, loss=loss, batch_unit=sequence_length * num_gpus * micro)
+
+
+def _optimizer(optimizer: dict[str, Any], chosen: Hyperparameters) -> dict[str, Any]:
+    """Return the recipe's optimizer section with the law's optimizer, learning rate and weight decay."""
+    kept = {key: value for key, value in optimizer.items() if key not in MUON_KEYS}
+    return kept | {
+        "name": chosen.law.optimizer,
+        "peak_learning_rate": chosen.rounded(chosen.peak_learning_rate.value),
+        "weight_decay": chosen.rounded(chosen.weight_decay.value),
+    }
+
+
+def _schedule(chosen: Hyperparameters) -> dict[str, Any]:
+    schedule = chosen.schedule.model_dump(mode="json")
+    return schedule | {"final_learning_rate": chosen.rounded(chosen.schedule.final_learning_rate)}
 
 
 def _windows_per_step(

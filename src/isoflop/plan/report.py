@@ -50,7 +50,14 @@ def no_predictions(outside: Iterable[tuple[str, str | None]]) -> list[str]:
 
 def recipe_text(plan: Plan) -> str:
     """Return all of a recipe's plan."""
-    blocks = [_size(plan), _predictions(plan), _memory(plan), _communication(plan), _time(plan)]
+    blocks = [
+        _size(plan),
+        _predictions(plan),
+        "\n".join(plan.hyperparameters.lines()),
+        _memory(plan),
+        _communication(plan),
+        _time(plan),
+    ]
     if plan.measured:
         blocks.append(benchmark_text(plan))
     blocks.append("\n".join(f"warning: {warning}" for warning in plan.warnings))

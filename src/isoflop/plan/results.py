@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from isoflop.config.recipe import Recipe
 from isoflop.plan import cost
 from isoflop.plan.gpus import GpuOptions, GpuSpec
+from isoflop.plan.hyperparameter_comparison import HyperparameterComparison
 from isoflop.plan.search import COMPUTE_OPTIMAL
 from isoflop.utils.html import html_table
 
@@ -261,6 +262,8 @@ class Plan:
     laws: dict[str, LawPrediction]
     critical_batch_tokens: float
     memory_and_time: MemoryAndTime
+    hyperparameters: HyperparameterComparison
+    """The recipe's learning rate, batch and decay beside a law's."""
     recipe_warnings: tuple[str, ...]
     measured: StepBenchmark | None = None
 
@@ -292,6 +295,7 @@ class Plan:
             "laws": {name: asdict(prediction) for name, prediction in self.laws.items()},
             "uniform_loss": math.log(self.recipe.model.vocab_size),
             "critical_batch_tokens": self.critical_batch_tokens,
+            "hyperparameters": self.hyperparameters.to_dict(),
         }
         answer |= self.memory_and_time.to_dict() | {"warnings": self.warnings}
         if self.measured:

@@ -1,4 +1,4 @@
-"""Summarize a recipe's plan in at most twelve lines: whether it fits, where, how long it takes, to which loss, what to type next.
+"""Summarize a recipe's plan in at most thirteen lines: whether it fits, where, how long, to which loss, what to type next.
 
 Entered by `summary_text`; `written_text` reports a recipe that a plan wrote.
 """
@@ -18,7 +18,7 @@ from isoflop.plan.results import GpuCost, LaunchNeeds, Plan
 from isoflop.scaling.laws import Prediction
 from isoflop.utils.tables import short, table
 
-MOST_LINES = 12
+MOST_LINES = 13
 GPU_COUNTS = (1, 2, 4, 8)  # of the table, where the user named no count
 ENGINES = ("single", "ddp", "zero1", "fsdp2")  # by what they send: the first that fits is taken
 
@@ -46,6 +46,7 @@ def summary_text(plan: Plan) -> str:
         lines += _table(plan, [num_gpus] if num_gpus else list(GPU_COUNTS))
         unnamed = [*(["--gpu a6000"] if gpu is None else []), *(["--gpus 2"] if num_gpus is None else [])]
         lines += [f"next: name your GPUs ({' '.join(unnamed)}) for the launch to type"] if plan.arguments else _to_write(plan)
+    lines.append(plan.hyperparameters.summary())
     return "\n".join([*lines, *_warnings(plan, MOST_LINES - len(lines))])
 
 

@@ -94,20 +94,22 @@ class MeasuredBase(NamedTuple):
         return self.tokens_per_step / (self.peak_learning_rate * self.weight_decay * self.tokens)
 
 
+NEAR_A_BASE = 2.0  # Assumption: a base holds for N and D within this factor; beyond it its law is called extrapolated
 BATCH_EXPONENT = 0.383  # of D: Power Lines (arXiv:2505.13738), as nanochat takes it
 
 
 def muon_law(base: MeasuredBase, **fields: Any) -> HyperparameterLaw:
     """Return nanochat's rules from a measured base: batch ~ D^0.383, rate ~ sqrt(batch / width), constant decay timescale.
 
-    rate = rate_base (D / D_base)^(0.383 / 2) (N / N_base)^(-1 / 6): N = 12 layers width^2 and layers ~ width, so
-    width ~ N^(1 / 3). A Muon update of root mean square 0.2 x rate has spectral norm 0.2 rate sqrt(width), which the spectral
-    condition (arXiv:2310.17813) keeps the same for every width: rate ~ 1 / sqrt(width). nanochat does the same: it keeps the rate
-    of an update of spectral norm 1. `fields` are those of the law that the base does not give.
+    rate = rate_base (D / D_base)^(0.383 / 2) (N / N_base)^(-1 / 6): N = 12 layers width^2, and at a fixed width / layers (64 in
+    nanochat) width ~ N^(1 / 3). A Muon update of root mean square 0.2 x rate has spectral norm 0.2 rate sqrt(width), which the
+    spectral condition (arXiv:2310.17813) keeps the same for every width: rate ~ 1 / sqrt(width). nanochat does the same: it keeps
+    the rate of an update of spectral norm 1. `fields` are those of the law that the base does not give.
     """
     n, d = math.log(base.parameters_without_vocabulary), math.log(base.tokens)
     width_exponent, half = -1 / 6, BATCH_EXPONENT / 2
-    size = {"parameters_range": (base.parameters_without_vocabulary,) * 2, "tokens_range": (base.tokens,) * 2}
+    near = {"parameters_range": base.parameters_without_vocabulary, "tokens_range": base.tokens}
+    ranges = {name: (value / NEAR_A_BASE, value * NEAR_A_BASE) for name, value in near.items()}
     return HyperparameterLaw(
         optimizer="muon",
         peak_learning_rate=PowerOfSize(
@@ -119,7 +121,7 @@ def muon_law(base: MeasuredBase, **fields: Any) -> HyperparameterLaw:
             log_coefficient=math.log(base.tokens_per_step) - BATCH_EXPONENT * d, tokens_exponent=BATCH_EXPONENT
         ),
         decay_timescale=base.decay_timescale,
-        **size | fields,
+        **ranges | fields,
     )
 
 
@@ -176,10 +178,13 @@ def load_hyperparameter_law(name_or_path: str | Path) -> HyperparameterLaw:
     """Return a published law by its name, or that of a law file of `fit`. Raises `UserError` where it has none."""
     if law := HYPERPARAMETER_LAWS.get(str(name_or_path)):
         return law
-    if not Path(name_or_path).is_file():
+    try:
+        found = load_law(name_or_path).hyperparameters
+    except UserError:
+        if Path(name_or_path).is_file():
+            raise
         hint = nearest(str(name_or_path), list(HYPERPARAMETER_LAWS))
-        raise UserError(f"law {name_or_path}: neither a law of learning rate and batch nor a file that can be read{hint}")
-    found = load_law(name_or_path).hyperparameters
+        raise UserError(f"law {name_or_path}: neither a law of learning rate and batch nor a law file{hint}") from None
     if found is None:
         raise UserError(
             f"law {name_or_path} has no `hyperparameters`; fit them to runs over learning rate and batch, or name one of"

@@ -90,6 +90,10 @@ class LossCurvature(Section):
         r, b = math.log(rate_ratio), math.log(batch_ratio)
         return self.rate * r * r + self.batch * b * b + self.cross * r * b
 
+    def formula(self) -> str:
+        """Return the formula as text."""
+        return f"{self.rate:g} r^2 + {self.batch:g} b^2 {self.cross:+g} r b, r and b = ln(recipe's / law's) of rate and batch"
+
 
 class HyperparameterLaw(Section):
     """Peak learning rate and tokens per step as powers of N and D, for one optimizer."""
@@ -134,17 +138,17 @@ class HyperparameterLaw(Section):
         """
         return SQUARE_ROOT_RULE if self.curvature is None else -self.curvature.cross / (2 * self.curvature.rate)
 
-    def outside(self, parameters_without_vocabulary: float, tokens: float) -> list[str]:
-        """Return which of N and D lie outside the runs that the law was fitted to, in words."""
+    def outside(self, parameters_without_vocabulary: float, tokens: float, factor: float = 1.0) -> list[str]:
+        """Return which of N and D lie beyond the runs that the law was fitted to by more than a factor, in words."""
         values = (
             ("N", parameters_without_vocabulary, self.parameters_range, "parameters without vocabulary"),
             ("D", tokens, self.tokens_range, "tokens"),
             ("6ND", 6 * parameters_without_vocabulary * tokens, self.flops_range, "FLOPs"),
         )
         return [
-            f"{name} = {value:.4g} {unit} (fitted on {ends[0]:.3g} to {ends[1]:.3g})"
+            f"{name} = {value:.3g} {unit} (fitted on {ends[0]:.3g} to {ends[1]:.3g})"
             for name, value, ends, unit in values
-            if ends and not ends[0] <= value <= ends[1]
+            if ends and not ends[0] / factor <= value <= ends[1] * factor
         ]
 
     def to_dict(self) -> dict[str, Any]:
