@@ -268,7 +268,7 @@ def _search_and_plan(
         near_optimal=tuple(_ranked(candidate, family, law) for candidate in ties),
         near_20_tokens_per_parameter=tuple(_ranked(candidate, family, law) for candidate in near_20n),
         best_by_law={name: _ranked(found[0], family, load_law(name)) for name, found in by_law.items() if found},
-        gpus=tuple(gpu_cost(spec, best.flops, best.parameters, price) for spec in options.specs()),
+        gpus=tuple(gpu_cost(spec, spec.hours(best.flops, best.parameters), best.parameters, price) for spec in options.specs()),
         price_per_gpu_hour=price,
         search_warnings=tuple(_warnings(best, ties, family)),
         planned=plan_new_recipe(new, family.recipe),

@@ -1,143 +1,35 @@
-"""Exact parameters, FLOPs and bytes of a model. No torch, no network.
-
-The tests compare the arithmetic with transformers' own modules on the meta device.
-"""
+"""Exact memory and communication of a model in training, and its sizes from `shape`. No torch, no network."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from isoflop.config.recipe import LARGEST_TRIED, Gpt2Model, HybridModel, LlamaModel, Model, Training
+from isoflop.config.recipe import LARGEST_TRIED, Gpt2Model, HybridModel, Model, Training
 from isoflop.config.recipe_optimizer import Optimizer
 from isoflop.plan import hardware
+from isoflop.plan.optimizer_cost import exchanged_bytes, moments_bytes
+from isoflop.plan.shape import (
+    Shape,
+    flops_per_token,
+    head_parameters,
+    matmul_parameters,
+    parameters,
+    parameters_by_class,
+    shape_dict,
+    shape_of,
+)
+
+__all__ = ["Shape", "flops_per_token", "matmul_parameters", "parameters", "parameters_by_class", "shape_dict", "shape_of"]
 
 # Copied from `modeling.loss`, which imports nothing of this package; a test keeps them equal.
 CHUNK_LOGITS_BYTES, SOFTMAX_BYTES, HEAD_GRADIENT_ROWS = 128 * 2**20, 16 * 2**20, 8192
 GPU_CHUNK_LOGITS_BYTES = 2**30
 
 
-class Shape(NamedTuple):
-    """Sizes of a decoder that decide its cost, under common names for every config class."""
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    tied: bool
-    positions: int = 0
-    """Rows of a learned position embedding."""
-    gated: bool = True
-    """Three matrices in the feed-forward layer instead of two."""
-    rms_norm: bool = True
-    norm_bias: bool = False
-    post_norm: bool = False
-    """Norms after each sum: the last layer's is the model's last."""
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-
-
-def shape_of(model: Model) -> Shape:
-    """Return the shape that a recipe's model section describes."""
-    if isinstance(model, Gpt2Model):
-        inner = model.n_inner or 4 * model.n_embd
-        heads, head_dim = model.n_head, model.n_embd // model.n_head
-        return Shape(
-            model.n_layer, model.n_embd, heads, heads, head_dim, inner, model.vocab_size, model.tie_word_embeddings,
-            positions=model.n_positions, gated=False, rms_norm=False, norm_bias=True, attention_bias=True, mlp_bias=True,
-        )  # fmt: skip
-    heads = model.num_attention_heads
-    shape = Shape(
-        num_layers=model.num_hidden_layers,
-        hidden_size=model.hidden_size,
-        num_heads=heads,
-        num_key_value_heads=model.num_key_value_heads or heads,
-        head_dim=model.head_dim or model.hidden_size // heads,
-        intermediate_size=model.intermediate_size,
-        vocab_size=model.vocab_size,
-        tied=model.tie_word_embeddings,
-    )
-    if isinstance(model, LlamaModel):
-        return shape
-    return shape._replace(
-        positions=model.max_position_embeddings if model.positions == "learned" else 0, gated=model.mlp == "swiglu",
-        rms_norm=model.norm == "rmsnorm", norm_bias=model.norm_bias, post_norm=model.norm_position == "post",
-        attention_bias=model.attention_bias, mlp_bias=model.mlp_bias, qk_norm=model.qk_norm,
-    )  # fmt: skip
-
-
-def shape_dict(model: Model) -> dict[str, Any]:
-    """Return a shape under transformers' LLaMA names, for JSON, whichever config class it is."""
-    s = shape_of(model)
-    return {
-        "model_type": model.model_type,
-        "num_hidden_layers": s.num_layers,
-        "hidden_size": s.hidden_size,
-        "num_attention_heads": s.num_heads,
-        "num_key_value_heads": s.num_key_value_heads,
-        "head_dim": s.head_dim,
-        "intermediate_size": s.intermediate_size,
-        "vocab_size": s.vocab_size,
-        "tie_word_embeddings": s.tied,
-    }
-
-
-def parameters_by_class(model: Model) -> dict[str, int]:
-    """Return the parameters of each class; a tied head counts once, as the embedding."""
-    s = shape_of(model)
-    h, a, k, f = s.hidden_size, s.num_heads * s.head_dim, s.num_key_value_heads * s.head_dim, s.intermediate_size
-    matrices = 3 if s.gated else 2
-    per_norm = 2 if s.norm_bias else 1  # parameters for each dimension
-    return {
-        "embedding": s.vocab_size * h,
-        "position": s.positions * h,
-        "attention": s.num_layers * (2 * h * a + 2 * h * k + (a + 2 * k + h if s.attention_bias else 0)),
-        "ffn": s.num_layers * (matrices * h * f + ((matrices - 1) * f + h if s.mlp_bias else 0)),
-        "norm": per_norm * (s.num_layers * (2 * h + (2 * s.head_dim if s.qk_norm else 0)) + (0 if s.post_norm else h)),
-        "head": 0 if s.tied else s.vocab_size * h,
-    }
-
-
-def parameters(model: Model) -> int:
-    """Return the number of all parameters; tied ones count once."""
-    return sum(parameters_by_class(model).values())
-
-
-def flops_per_token(model: Model, sequence_length: int) -> int:
-    """Return training FLOPs per token = 3 x forward; forward = 2 x matmul parameters + 4 S H_attention per layer.
-
-    Matmul parameters are attention, feed-forward and the LM head (tied or not), without the input embedding; biases
-    and norms are left out. Attention is not halved for causality, the convention of PaLM (Chowdhery et al. 2022, appendix B).
-    """
-    s = shape_of(model)
-    attention = 4 * sequence_length * s.num_heads * s.head_dim * s.num_layers
-    return 3 * (2 * matmul_parameters(model) + attention)
-
-
-def matmul_parameters(model: Model) -> int:
-    """Return the parameters of matrix products: attention, feed-forward and the LM head, tied or not."""
-    s = shape_of(model)
-    attention = 2 * s.hidden_size * s.num_heads * s.head_dim + 2 * s.hidden_size * s.num_key_value_heads * s.head_dim
-    ffn = (3 if s.gated else 2) * s.hidden_size * s.intermediate_size
-    return s.num_layers * (attention + ffn) + _head_parameters(model)
-
-
-def _head_parameters(model: Model) -> int:
-    return model.vocab_size * shape_of(model).hidden_size
-
-
-def optimizer_bytes_per_parameter(optimizer: Optimizer) -> int:
-    """Return the bytes per parameter of AdamW's two moments: 8 in float32, 4 in bfloat16."""
-    return 8 if optimizer.moments_dtype == "float32" else 4
-
-
 def checkpoint_bytes(model: Model, optimizer: Optimizer) -> int:
     """Return the bytes of one checkpoint: float32 weights and the optimizer's moments (a tied head is stored once)."""
-    return parameters(model) * (4 + optimizer_bytes_per_parameter(optimizer))
+    return 4 * parameters(model) + moments_bytes(model, optimizer)
 
 
 Engine = Literal["single", "ddp", "zero1", "fsdp2"]
@@ -202,12 +94,12 @@ def predicted_memory(model: Model, training: Training, optimizer: Optimizer, lau
         ZeRO-1       2 + 4 + (4 + 8) / shards, as DeepSpeed keeps bf16 weights and accumulates in fp32
         FSDP2        (4 + 4 + 8) / shards; gradients take 4 instead of 4 / shards where they are reduced once a step
 
-    bf16 moments take 4 instead of 8.
+    Muon keeps 4 instead of 8 for the layers' matrices; bf16 moments take half.
     """
     n, shards, mode, compiled = parameters(model), launch.shards, launch.arithmetic, launch.compiles(training)
-    moments = n * optimizer_bytes_per_parameter(optimizer) // shards
+    moments = moments_bytes(model, optimizer) // shards
     matrices = matmul_parameters(model)
-    layer, head = (matrices - _head_parameters(model)) // shape_of(model).num_layers, _head_parameters(model)
+    layer, head = (matrices - head_parameters(model)) // shape_of(model).num_layers, head_parameters(model)
     tokens = training.micro_batch_size * training.sequence_length
     micro_batches = training.tokens_per_step // (tokens * launch.num_processes)
     weights, gradients, copies = 4 * n, 4 * n, 2 * matrices if mode == "autocast" else 0
@@ -257,18 +149,19 @@ def with_reduction(launch: Launch, model: Model, training: Training, optimizer: 
     return once if fits else launch._replace(reduction="micro_batch")
 
 
-def communicated_bytes(model: Model, training: Training, launch: Launch) -> int:
-    """Return the bytes that each rank sends in an optimizer step over rings.
+def communicated_bytes(model: Model, training: Training, launch: Launch, optimizer: Optimizer) -> int:
+    """Return the bytes that each rank sends in an optimizer step over rings, with what Muon exchanges.
 
     A gather or a reduce-scatter of x bytes sends (p - 1) / p x. DDP all-reduces fp32 gradients once. ZeRO-1 reduce-scatters them
     and gathers the updated weights. FSDP2 gathers weights for the forward and the backward pass of every micro-batch. It
     reduce-scatters fp32 gradients once a step or every micro-batch; with replicas (HSDP) it all-reduces the shards as often.
     """
     n, p, width = parameters(model), launch.num_processes, 2 if launch.bf16 else 4
+    exchanged = exchanged_bytes(model, optimizer, p, launch.shards if launch.engine == "fsdp2" else 1, launch.gpu)
     if launch.engine == "single":
         return 0
     if launch.engine == "ddp":
-        return 2 * 4 * n * (p - 1) // p
+        return 2 * 4 * n * (p - 1) // p + exchanged
     if launch.engine == "zero1":
         return (4 + width) * n * (p - 1) // p
     micro_batches = training.tokens_per_step // (training.micro_batch_size * training.sequence_length * p)
@@ -276,7 +169,7 @@ def communicated_bytes(model: Model, training: Training, launch: Launch) -> int:
     shards, replicas = launch.shards, p // launch.shards
     gathered = 2 * width * n * (shards - 1) // shards
     reduced = 4 * n * (shards - 1) // shards + 2 * 4 * n // shards * (replicas - 1) // replicas
-    return micro_batches * gathered + reductions * reduced
+    return micro_batches * gathered + reductions * reduced + exchanged
 
 
 # Tensors of feed-forward width beyond silu's or GELU's input and output: gelu_new is seven operations, relu keeps its
@@ -351,7 +244,7 @@ def _backward_bytes(model: Model, tokens: int, arithmetic: Arithmetic) -> int:
     s = shape_of(model)
     inner = 3 if _activation(model) == "relu2" else 2 if s.gated else 1
     width = 4 if arithmetic == "fp32" else 2
-    return tokens * (inner * width * s.intermediate_size + 2 * s.hidden_size) + (4 * _head_parameters(model) if s.tied else 0)
+    return tokens * (inner * width * s.intermediate_size + 2 * s.hidden_size) + (4 * head_parameters(model) if s.tied else 0)
 
 
 def _loss_bytes(model: Model, tokens: int, arithmetic: Arithmetic, gpu: bool, compiled: bool) -> int:

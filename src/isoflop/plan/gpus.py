@@ -6,10 +6,13 @@ Entered by `GpuOptions`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from isoflop.plan import hardware
 from isoflop.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from isoflop.plan.results import TrainingStats
 
 SHOWN_GPUS = ("rtx5090", "a6000", "a100", "h20", "h100", "h200")  # where the user names none
 # Lowest (exclusive) and highest value of each number that a plan takes: wide, but so that nothing overflows.
@@ -61,6 +64,17 @@ class GpuSpec(NamedTuple):
         """Return the hours of a run; None where the MFU is not known."""
         mfu, _ = self.mfu_for(parameters)
         return mfu and hardware.train_hours(flops, self.peak_flops_per_s, num_gpus, mfu)
+
+    def recipe_hours(self, stats: TrainingStats, num_gpus: int = 1) -> float | None:
+        """Return the hours of a recipe; None where the MFU is not known.
+
+        The table's MFU is of steps with AdamW, so Muon's matrix products are added; a given or measured one is of entire steps.
+        """
+        hours = self.hours(stats.flops, stats.parameters, num_gpus)
+        if hours is None or self.mfu is not None:
+            return hours
+        seconds = hardware.update_seconds(stats.update_flops, stats.muon_matrices, self.peak_flops_per_s, num_gpus)
+        return hours + stats.steps * seconds / 3600
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,17 @@ def _scaled(name: str, measured: MfuRow) -> MfuRow:
     return MfuRow(name, measured.parameters, mfu, source)
 
 
+# torch.optim.Muon on one H200 in bf16 took 31 ms for the 84 matrices of modern_124m and 144 ms for the 126 of llama2_1.36b
+# (benchmarks/results/gpu.jsonl): two equations for a time per matrix, spent on small kernels, and for a share of the peak.
+MUON_SECONDS_PER_MATRIX = 0.34e-3
+MUON_PEAK_SHARE = 0.68
+
+
+def update_seconds(muon_flops: int, muon_matrices: int, peak_flops: float, num_gpus: int) -> float:
+    """Return the seconds that Muon's matrix products add to a step; the GPUs share the matrices."""
+    return (MUON_SECONDS_PER_MATRIX * muon_matrices + muon_flops / (MUON_PEAK_SHARE * peak_flops)) / num_gpus
+
+
 def train_hours(flops: float, peak_flops: float, num_gpus: int, mfu: float) -> float:
     """Return the hours of training = FLOPs / (MFU x peak x GPUs) / 3600."""
     return flops / (mfu * peak_flops * num_gpus) / 3600

@@ -39,8 +39,8 @@ class Launches:
         return max(configured, key=lambda launch: launch.shards, default=ddp)
 
 
-def known_launches(num_gpus: int) -> Launches:
-    """Return the launch configs, and every engine on `num_gpus` GPUs that no config covers.
+def known_launches(num_gpus: int, optimizer: str = "adamw") -> Launches:
+    """Return the launch configs that train with an optimizer, and every engine on `num_gpus` GPUs that no config covers.
 
     A config that cannot be planned, e.g. of an engine that is not trained here, is skipped with a message.
     """
@@ -62,6 +62,8 @@ def known_launches(num_gpus: int) -> Launches:
             name = f"{num_gpus}gpu" if engine == "single" else f"{num_gpus}gpu_{engine}"
             name += "_predicted" if name in configs else ""
             launches.append(Launch(name, engine, num_gpus, True, shards, gpu=True))
+    if optimizer == "muon":  # DeepSpeed's partitions cut matrices apart
+        launches = [launch for launch in launches if launch.engine != "zero1"]
     in_order = sorted(launches, key=lambda launch: (launch.gpu, launch.num_processes))
     return Launches(tuple(in_order), configs, tuple(skipped))
 

@@ -76,7 +76,7 @@ def plan_new_recipe(new: NewRecipe, name: str, num_gpus: int = 1) -> PlannedReci
 
     Raises `UserError` where the tokens are less than a step, or the file cannot be written.
     """
-    known = known_launches(new.options.num_gpus or 1)
+    known = known_launches(new.options.num_gpus or 1, new.tuning.optimizer or "adamw")
     launch = known.for_gpus(new.options.num_gpus or 1)
     target = Target(launch, new.options.specs()[0].memory_bytes if new.options.gpu else None)
     name_of_run = new.path.stem if new.path else "plan"

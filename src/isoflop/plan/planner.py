@@ -19,6 +19,7 @@ from isoflop.plan import cost, hardware
 from isoflop.plan.gpus import GpuOptions, GpuSpec
 from isoflop.plan.hyperparameter_comparison import compare_hyperparameters
 from isoflop.plan.launches import known_launches
+from isoflop.plan.optimizer_cost import hidden_matrices, moments_bytes, update_flops
 from isoflop.plan.results import (
     Communication,
     GpuCost,
@@ -153,7 +154,9 @@ def training_stats(recipe: Recipe) -> TrainingStats:
             kind: cost.layer_activation_bytes(model, training.sequence_length, launch.arithmetic, launch.compiles(training))
             for kind, launch in ACTIVATIONS_ON.items()
         },
-        moments_bytes_per_parameter=cost.optimizer_bytes_per_parameter(recipe.optimizer),
+        moments_bytes=moments_bytes(model, recipe.optimizer),
+        update_flops=update_flops(model, recipe.optimizer),
+        muon_matrices=len(hidden_matrices(model)) if recipe.optimizer.name == "muon" else 0,
         activation_checkpointing=training.activation_checkpointing,
         matmul_parameters=cost.matmul_parameters(model),
         flops_per_token=cost.flops_per_token(model, training.sequence_length),
@@ -209,7 +212,7 @@ def memory_and_time(
 ) -> MemoryAndTime:
     """Return memory of every launch, the largest micro-batch on every GPU, hours, and dollars."""
     model, training, optimizer = recipe.model, recipe.training, recipe.optimizer
-    known = known_launches(options.num_gpus or num_gpus)
+    known = known_launches(options.num_gpus or num_gpus, optimizer.name)
     rows = []
     for launch in known.launches:
         largest = {
@@ -219,22 +222,22 @@ def memory_and_time(
         }
         # MFU is of bf16 matrix products: the time of fp32 is not predicted.
         timed = specs if launch.gpu and launch.bf16 else []
-        hours = {spec.name: spec.hours(stats.flops, stats.parameters, launch.num_processes) for spec in timed}
+        hours = {spec.name: spec.recipe_hours(stats, launch.num_processes) for spec in timed}
         memory = cost.predicted_memory(model, training, optimizer, launch)
         rows.append(LaunchNeeds(launch, known.configs.get(launch.name), memory, largest, hours))
     price = options.price_per_gpu_hour
     return MemoryAndTime(
         launches=tuple(rows),
         communication=tuple(communication(recipe, [launch for launch in known.launches if launch.gpu], specs)),
-        gpus=tuple(gpu_cost(spec, stats.flops, stats.parameters, price) for spec in specs),
+        gpus=tuple(gpu_cost(spec, spec.recipe_hours(stats), stats.parameters, price) for spec in specs),
         price_per_gpu_hour=price,
         skipped_launches=known.skipped,
     )
 
 
-def gpu_cost(spec: GpuSpec, flops: float, parameters: int, price_per_gpu_hour: float | None) -> GpuCost:
-    """Return MFU, GPU-hours and dollars of a run on one GPU model."""
-    (mfu, source), hours = spec.mfu_for(parameters), spec.hours(flops, parameters)
+def gpu_cost(spec: GpuSpec, hours: float | None, parameters: float, price_per_gpu_hour: float | None) -> GpuCost:
+    """Return MFU, GPU-hours and dollars of a run of so many hours on one GPU."""
+    mfu, source = spec.mfu_for(parameters)
     dollars = None if price_per_gpu_hour is None else hours and hours * price_per_gpu_hour
     return GpuCost(spec, mfu, source, hours, dollars)
 
@@ -255,7 +258,7 @@ def communication(recipe: Recipe, launches: list[cost.Launch], specs: list[GpuSp
         reductions: tuple[cost.Reduction, ...] = ("step", "micro_batch") if launch.engine == "fsdp2" else ("step",)
         for reduction in reductions:
             variant = launch._replace(reduction=reduction)
-            sent = cost.communicated_bytes(model, training, variant)
+            sent = cost.communicated_bytes(model, training, variant, optimizer)
             memory = cost.predicted_memory(model, training, optimizer, variant).total
             chosen = [
                 spec.name

@@ -76,7 +76,13 @@ def _size(plan: Plan) -> str:
         f"parameters N: {stats.parameters:,} = {classes}; without embedding {stats.parameters_without_embedding:,}\n"
         f"FLOPs per token: {stats.flops_per_token:,} = 3 x (2 x {stats.matmul_parameters:,} in matrix products"
         f" + 4 x {stats.sequence_length} x {width} x {s.num_layers} layers); 6N = {stats.flops_per_token_6n:,}\n"
-        f"tokens D: {stats.tokens:,} = {stats.steps:,} steps x {stats.tokens_per_step:,};"
+        + (
+            f"Muon: {stats.update_flops:,} FLOPs an update in 5 Newton-Schulz steps of {stats.muon_matrices} matrices,"
+            f" {stats.update_flops / (stats.tokens_per_step * stats.flops_per_token):.2%} of a step's\n"
+            if stats.update_flops
+            else ""
+        )
+        + f"tokens D: {stats.tokens:,} = {stats.steps:,} steps x {stats.tokens_per_step:,};"
         f" {stats.flops:.4g} FLOPs = D x FLOPs per token\n"
         f"D/N: {stats.tokens_per_parameter:.2f}; {COMPUTE_OPTIMAL}N = {stats.tokens_at_20_per_parameter:,} tokens ="
         f" {stats.steps_at_20_per_parameter:,} steps{epochs}\n"
@@ -114,7 +120,7 @@ def _memory(plan: Plan) -> str:
         fits = ["-" if size is None else str(size) for size in largest]
         rows.append([name, *map(gib, row.memory), gib(row.memory.total), *fits])
     header = ["launch", "weights", "grads", "moments", "copies", "activations", "loss", "total", *gpus]
-    moments, layers = stats.moments_bytes_per_parameter, cost.shape_of(plan.recipe.model).num_layers
+    moments, layers = f"{stats.moments_bytes_per_parameter:.3g}", cost.shape_of(plan.recipe.model).num_layers
     of_layers = f"{layers} layers x {stats.micro_batch_tokens:,} tokens x"
     if stats.activation_checkpointing:
         activations = f"each layer's input, {of_layers} hidden size x 4 bytes (2 under ZeRO-1, FSDP2)"
@@ -122,11 +128,12 @@ def _memory(plan: Plan) -> str:
         by_kind = stats.activation_bytes_per_token_and_layer.items()
         activations = f"{of_layers} " + ", ".join(f"{count:,} bytes ({kind})" for kind, count in by_kind)
     every = all(row.config for row in launches)
+    zero1 = "" if stats.muon_matrices else f" ZeRO-1 2N + 4N/GPUs, 4N, {moments}N/GPUs;"
     return "\n".join([
         f"memory per device, GiB, at micro-batch {stats.micro_batch_size}; under each GPU the largest micro-batch that fits"
         " (0: none; -: the GPUs do not divide a step's windows)",
         table(header, rows),
-        f"  weights, gradients, moments: one process and DDP 4N, 4N, {moments}N; ZeRO-1 2N + 4N/GPUs, 4N, {moments}N/GPUs;"
+        f"  weights, gradients, moments: one process and DDP 4N, 4N, {moments}N;{zero1}"
         f" FSDP2 4N, 4N, {moments}N, all over GPUs; on one GPU and under FSDP2 gradients come as activations go where a"
         " step is one micro-batch",
         "  every row has its launch config" if every else "  *: predicted only, accelerate_configs/ has no file for it",

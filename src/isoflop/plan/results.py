@@ -34,7 +34,12 @@ class TrainingStats:
     micro_batch_size: int
     activation_bytes_per_token_and_layer: dict[str, int]
     """By kind of launch."""
-    moments_bytes_per_parameter: int
+    moments_bytes: int
+    """The optimizer's state."""
+    update_flops: int
+    """Matrix products of Muon's update in a step; 0 under AdamW."""
+    muon_matrices: int
+    """Matrices that Muon updates."""
     activation_checkpointing: bool
     matmul_parameters: int
     flops_per_token: int
@@ -45,6 +50,11 @@ class TrainingStats:
     def parameters(self) -> int:
         """N, all of them; tied ones count once."""
         return sum(self.parameters_by_class.values())
+
+    @property
+    def moments_bytes_per_parameter(self) -> float:
+        """8 under AdamW in float32."""
+        return self.moments_bytes / self.parameters
 
     @property
     def parameters_without_embedding(self) -> int:
@@ -96,6 +106,7 @@ class TrainingStats:
             "micro_batch_tokens": self.micro_batch_tokens,
             "activation_bytes_per_token_and_layer": self.activation_bytes_per_token_and_layer,
             "moments_bytes_per_parameter": self.moments_bytes_per_parameter,
+            "update_flops": self.update_flops,
             "activation_checkpointing": self.activation_checkpointing,
             "matmul_parameters": self.matmul_parameters,
             "flops_per_token": self.flops_per_token,

@@ -185,7 +185,7 @@ def test_what_each_rank_sends_by_hand(llama2):
     n = cost.parameters(llama2.model)
 
     def sent(launch):
-        return cost.communicated_bytes(llama2.model, llama2.training, launch)
+        return cost.communicated_bytes(llama2.model, llama2.training, launch, llama2.optimizer)
 
     once = LAUNCHES["fsdp2"]._replace(reduction="step")
     assert sent(LAUNCHES["single"]) == 0
