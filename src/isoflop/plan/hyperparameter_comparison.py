@@ -69,7 +69,7 @@ class HyperparameterComparison:
     def summary(self) -> str:
         """Return the comparison in one line."""
         if self.law is None:
-            return f"learning rate and batch: not compared{f', {self.outside}' if len(self.outside or '') < 90 else ''}"
+            return f"learning rate and batch: not compared, {str(self.outside).split(':')[0]}"
         found = self.law
         beyond = ", extrapolated" if found.digits < DIGITS else ""
         return (
@@ -86,7 +86,7 @@ class HyperparameterComparison:
             return "no estimate of the cost"
         if self.nats < NO_DIFFERENCE:
             return f"the same within {NO_DIFFERENCE:g} nats"
-        share = "" if self.compute_share is None else f" ({float(f'{self.compute_share:.1g}'):.0%} of the compute)"
+        share = "" if self.compute_share is None else f" ({float(f'{self.compute_share:.1g}'):.0%} of compute)"
         return f"some {self.nats:.1g} nats lower{share}"
 
     def lines(self) -> list[str]:
