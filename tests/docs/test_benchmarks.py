@@ -32,12 +32,12 @@ TOY = {
 
 def test_every_command_is_there_and_listed():
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")}
-    assert scripts == {*COMMANDS, "gpu", "rows", "soak", "ways"}
+    assert scripts == {*COMMANDS, "efficiency", "gpu", "rows", "soak", "ways"}
     readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    assert all(f"python benchmarks/{name}.py" in readme for name in (*COMMANDS, "gpu", "soak"))
+    assert all(f"python benchmarks/{name}.py" in readme for name in (*COMMANDS, "efficiency", "gpu", "soak"))
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "gpu"])
+@pytest.mark.parametrize("name", [*COMMANDS, "efficiency", "gpu"])
 def test_it_starts(name):
     printed = run_command(sys.executable, f"benchmarks/{name}.py", "--help").stdout
     assert f"python benchmarks/{name}.py" in printed

@@ -1,0 +1,1 @@
+"""Parts of efficiency.py: its arithmetic and its page."""
