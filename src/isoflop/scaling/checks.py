@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,11 +54,13 @@ def _fault(cell: Any) -> str | None:
     return None if value > 0 else f"= {value:g} is not positive"
 
 
-def drop_repeated(points: Points, numbers: list[int], file: str) -> tuple[NDArray[np.int64], list[str]]:
-    """Return the indices of points with distinct (N, D, loss), and a warning that names the repeated rows."""
-    first: dict[tuple[float, ...], int] = {}
+def drop_repeated(
+    points: Points, settings: Sequence[tuple[Any, ...]], numbers: list[int], file: str
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Return the indices of points with distinct N, D, loss and settings, and a warning that names the repeated rows."""
+    first: dict[tuple[Any, ...], int] = {}
     twice = []
-    for index, key in enumerate(zip(points.parameters, points.tokens, points.loss, strict=True)):
+    for index, key in enumerate(zip(points.parameters, points.tokens, points.loss, settings, strict=True)):
         if first.setdefault(key, index) != index:
             twice.append(numbers[index])
     warning = (

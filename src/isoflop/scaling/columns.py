@@ -12,6 +12,7 @@ NAMES = {
     "parameters": (
         "parameters", "params", "n", "nparams", "nparameters", "numparams", "numparameters", "parametercount", "modelsize",
         "totalparameters", "nonembedding", "nonembeddingparameters", "nonembeddingparams", "nnoemb",
+        "parameterswithoutvocabulary",
     ),
     "tokens": ("tokens", "d", "ntokens", "numtokens", "traintokens", "trainingtokens", "totaltokens", "throughput/totaltokens"),
     "flops": ("flops", "flop", "c", "compute", "computebudget", "trainingflop", "trainingflops", "trainflops", "totalflops"),
@@ -19,9 +20,24 @@ NAMES = {
     "weight": ("weight", "weights"),
     "unique_tokens": ("uniquetokens",),
     "run": ("run", "runname", "name"),
+    "learning_rate": ("peaklearningrate", "learningrate", "maxlearningrate", "peaklr", "maxlr", "lr"),
+    "batch": (
+        "tokensperstep", "batchtokens", "batchsizetokens", "globalbatchtokens", "batchsequences", "globalbatchsize", "batchsize",
+        "sequencesperstep", "bs",
+    ),
+    "optimizer": ("optimizer", "optimizername"),
 }  # fmt: skip
-FLAGS = {"parameters": "--parameters", "tokens": "--tokens", "flops": "--flops", "loss": "--loss-column"}
-WITHOUT_VOCABULARY = ("nonembedding", "noemb", "noembedding")  # in the name of the column of N: it excludes the embeddings
+FLAGS = {
+    "parameters": "--parameters", "tokens": "--tokens", "flops": "--flops", "loss": "--loss-column",
+    "learning_rate": "--learning-rate", "batch": "--batch",
+}  # fmt: skip
+FIRST_OF_SEVERAL = ("run", "learning_rate", "batch", "optimizer")  # the first of their names counts; the others are ignored
+WITHOUT_VOCABULARY = (
+    "nonembedding",
+    "noemb",
+    "noembedding",
+    "withoutvocabulary",
+)  # in the name of the column of N: it excludes the embeddings
 
 
 class Columns(NamedTuple):
@@ -34,11 +50,19 @@ class Columns(NamedTuple):
     weight: str | None = None
     unique_tokens: str | None = None
     run: str | None = None
+    learning_rate: str | None = None
+    batch: str | None = None
+    optimizer: str | None = None
 
     @property
     def without_vocabulary(self) -> bool:
         """Whether N excludes the embeddings, by its column's name."""
         return any(sign in normalized(self.parameters) for sign in WITHOUT_VOCABULARY)
+
+    @property
+    def batch_in_tokens(self) -> bool:
+        """Whether a batch is counted in tokens, by its column's name; else in sequences."""
+        return self.batch is not None and "token" in normalized(self.batch)
 
 
 def normalized(name: str) -> str:
@@ -68,7 +92,7 @@ def find_columns(header: list[str], file: str, given: dict[str, str | None]) -> 
 
 def _find(key: str, header: list[str], file: str) -> str | None:
     candidates = [name for name in header if normalized(name) in NAMES[key]]
-    if key == "run":  # `run` before `name`
+    if key in FIRST_OF_SEVERAL:
         candidates = sorted(candidates, key=lambda name: NAMES[key].index(normalized(name)))[:1]
     if len(candidates) > 1:
         remedy = f"say which by {FLAGS[key]}" if key in FLAGS else "keep one of them"

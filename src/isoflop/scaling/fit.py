@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from isoflop.scaling.columns import FLAGS
+from isoflop.scaling.hyperparameter_fit import fit_hyperparameters
+from isoflop.scaling.hyperparameter_text import hyperparameters_text
 from isoflop.scaling.measured import Measured
 from isoflop.scaling.newton import DELTA
 from isoflop.scaling.options import FitOptions
+from isoflop.scaling.report import HyperparameterReport
 from isoflop.scaling.result import Fit, report_files, require_own_law
 from isoflop.scaling.table import read_frame, read_table
 from isoflop.utils.credentials import hide_credentials
 from isoflop.utils.errors import UserError
-from isoflop.utils.io import require_own_files
+from isoflop.utils.io import atomic_write, require_own_files
+from isoflop.utils.tables import table
 
 if TYPE_CHECKING:
     import pandas
@@ -36,6 +42,9 @@ def fit(
     flops: str | None = None,
     loss: str | None = None,
     where: Sequence[str] = (),
+    learning_rate: str | None = None,
+    batch: str | None = None,
+    sequence_length: int | None = None,
 ) -> Fit:
     """Fit every scaling law of the literature to `runs` and return the result; print nothing.
 
@@ -44,16 +53,39 @@ def fit(
     """
     frame = None if isinstance(runs, str | Path | Sequence) else runs
     paths = () if frame is not None else (str(runs),) if isinstance(runs, str | Path) else tuple(map(str, runs))
-    options = FitOptions(paths, tuple(predict), resamples, seed, asymmetry, delta, parameters, tokens, flops, loss, tuple(where))
+    options = FitOptions(
+        paths, tuple(predict), resamples, seed, asymmetry, delta, parameters, tokens, flops, loss, tuple(where),
+        learning_rate=learning_rate, batch=batch, sequence_length=sequence_length,
+    )  # fmt: skip
     return fit_measured(read_measured(options) if frame is None else read_frame(frame, options), options)
 
 
 def fit_measured(measured: Measured, options: FitOptions) -> Fit:
-    """Fit every method; credentials in the runs' origin do not reach the law file."""
+    """Fit every method, and the laws of learning rate and batch if the runs were sweeps over these.
+
+    Credentials in the runs' origin do not reach the law file.
+    """
     from isoflop.scaling.approaches import fit_laws  # imports scipy
 
     options = replace(options, predict=options.predict or (AHEAD * float(measured.points.flops.max()),))
-    return fit_laws(replace(measured, origin=hide_credentials(measured.origin)), options)
+    measured = replace(measured, origin=hide_credentials(measured.origin))
+    if isinstance(measured.tuned, str):
+        return fit_laws(measured, options)
+    try:
+        found = fit_tuned(measured, options)
+    except UserError as error:  # the law of the loss needs none of them
+        warning = f"no laws of learning rate and batch: {error}"
+        return fit_laws(replace(measured, warnings=[*measured.warnings, warning]), options)
+    result = fit_laws(measured, options)
+    return replace(result, report=result.report.model_copy(update={"hyperparameters": found}))
+
+
+def fit_tuned(measured: Measured, options: FitOptions) -> HyperparameterReport:
+    """Fit the laws of learning rate and batch. Raises `UserError` where the runs do not determine them."""
+    if isinstance(measured.tuned, str):
+        raise UserError(measured.tuned)
+    source = f"fitted by `isoflop fit` to {hide_credentials(measured.origin)}"
+    return fit_hyperparameters(measured.tuned, measured.optimizer, source, options.resamples, options.seed)
 
 
 def read_measured(options: FitOptions) -> Measured:
@@ -64,21 +96,40 @@ def read_measured(options: FitOptions) -> Measured:
         if len(options.runs) > 1:
             raise UserError(f"{', '.join(options.runs)}: several tables; put their rows into one, or give folders of runs")
         return read_table(options.runs[0], options)
-    if any(options.columns.values()) or options.where:
+    if any(options.columns.values()) or options.where or options.sequence_length:
         raise UserError(
-            "--parameters, --tokens, --flops, --loss-column and --where are about a table; runs state these themselves"
+            f"{', '.join(FLAGS.values())}, --sequence-length and --where are about a table; runs state these themselves"
         )
     from isoflop.scaling.runs import measured_runs  # reads metrics with torch, which takes seconds to import
 
-    return measured_runs(list(options.runs))
+    return measured_runs(list(options.runs), options.hyperparameters)
 
 
 def fit_command(options: FitOptions) -> int:
     """Fit, print and write; return the exit code: 1 if a law file was asked for and the fit is no law."""
     _require_own_files(options)
+    if options.hyperparameters:
+        return fit_tuned_command(options)
     result = fit_measured(read_measured(options), options)
     print_fit(result, options)
     return write_fit(result, options)
+
+
+def fit_tuned_command(options: FitOptions) -> int:
+    """Fit the laws of learning rate and batch alone, print them and write their file; return the exit code."""
+    measured = read_measured(options)
+    found = fit_tuned(measured, options)
+    page = "\n".join([hyperparameters_text(found, table), *(f"* warning: {warning}" for warning in measured.warnings)])
+    print(found.model_dump_json(indent=1) if options.as_json else page, flush=True)
+    if options.out is not None:
+        try:
+            Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(Path(options.out), json.dumps({"hyperparameters": found.law.to_dict()}, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--out {options.out}: {error.strerror}; give a file that can be written") from None
+        if not options.as_json:
+            print(f"\nlaw: {options.out}")
+    return 0
 
 
 def print_fit(result: Fit, options: FitOptions) -> None:
@@ -96,7 +147,8 @@ def write_fit(result: Fit, options: FitOptions) -> int:
     if options.out is None:
         return 0
     if result.problem:
-        print(f"error: {options.out} is not written: {result.problem}", file=sys.stderr)
+        alone = "; laws of learning rate and batch alone: --hyperparameters" if result.hyperparameters else ""
+        print(f"error: {options.out} is not written: {result.problem}{alone}", file=sys.stderr)
         return 1
     result.law.save(options.out)
     if not options.as_json:

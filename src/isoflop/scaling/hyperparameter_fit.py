@@ -23,6 +23,7 @@ import numpy as np
 from isoflop.scaling.hyperparameters import HyperparameterLaw, LossCurvature, OptimizerName, PowerOfSize
 from isoflop.scaling.points import Array, TunedPoints
 from isoflop.scaling.report import HyperparameterReport, TunedGrid
+from isoflop.scaling.tuned import SAME_TOKENS, same_size
 from isoflop.utils.errors import UserError
 
 AXES = ("learning rate", "batch")
@@ -30,7 +31,6 @@ NEAR = 0.015  # nats above a grid's least loss; of 0.01, 0.015 and 0.02 the firs
 FEWEST_NEAR = {1: 4, 2: 12}  # points of a grid that are always used, by its axes; a quadratic has 3 and 6 coefficients
 FEWEST_VALUES = 3  # of an axis: a minimum has values on both sides
 FEWEST_SIZES = 3  # distinct N, or D, for an exponent: two points determine a power without testing it
-SAME_TOKENS = 1.05  # runs of one grid differ by this factor in D at most: their D are rounded to steps of several batches
 TOGETHER = 0.98  # correlation of ln N and ln D from which their exponents cannot be told apart
 MOST_ELONGATED = 100.0  # ratio of the curvature's eigenvalues; Step Law's is 3. Beyond it the minimum is a line
 VALID_DRAWS = 0.5  # share of the bootstrap draws that must determine the laws, else there is no interval
@@ -83,11 +83,6 @@ class Surface(NamedTuple):
         return float(rate), float(batch)
 
 
-def has_grids(points: TunedPoints) -> bool:
-    """Return whether any N and D has runs of several learning rates or batches."""
-    return any(len(grid.loss) > 1 for grid in grids_of(points))
-
-
 def fit_hyperparameters(
     points: TunedPoints, optimizer: OptimizerName, source: str, resamples: int = 1000, seed: int = 0
 ) -> HyperparameterReport:
@@ -123,10 +118,7 @@ def fit_hyperparameters(
 def grids_of(points: TunedPoints) -> list[Grid]:
     """Return the runs grouped by N and D, smallest first; runs of the same learning rate and batch are averaged."""
     grids = []
-    order = np.lexsort((points.tokens, points.parameters))
-    n, d = points.parameters[order], points.tokens[order]
-    starts = np.flatnonzero((np.diff(n) != 0) | (d[1:] > SAME_TOKENS * d[:-1])) + 1
-    for group in np.split(order, starts):
+    for group in same_size(points.parameters, points.tokens):
         rows = points.take(group)
         pairs, of_row = np.unique(
             np.log(np.column_stack([rows.learning_rate, rows.tokens_per_step])), axis=0, return_inverse=True
@@ -157,23 +149,35 @@ def _axes(grids: list[Grid]) -> list[int]:
 
 def _terms(grids: list[Grid]) -> tuple[list[int], list[str]]:
     """Return the terms that the grids determine, and notes on those they do not. Raises `UserError` if there is none."""
-    n, d = [grid.parameters for grid in grids], [grid.tokens for grid in grids]
-    counts = {"N": _distinct(n), "D": _distinct(d)}
-    known = [name for name, count in counts.items() if count >= FEWEST_SIZES]
-    notes = [
-        f"exponent of {name} is 0: the grids have {count} distinct {name}, and an exponent needs {FEWEST_SIZES}"
-        for name, count in counts.items()
-        if name not in known
-    ]
-    if not known:
+    counts = _distinct_sizes(grids)
+    terms = _determined(grids)
+    if terms == [0]:
         raise UserError(
             f"the grids over learning rates or batches have {counts['N']} distinct N and {counts['D']} distinct D, and an"
             f" exponent needs {FEWEST_SIZES} of either; train the same rates at more sizes or lengths"
         )
-    if len(known) == 2 and abs(np.corrcoef(np.log(n), np.log(d))[0, 1]) > TOGETHER:
-        known = ["D"]
+    notes = [
+        f"exponent of {name} is 0: the grids have {count} distinct {name}, and an exponent needs {FEWEST_SIZES}"
+        for name, count in counts.items()
+        if count < FEWEST_SIZES
+    ]
+    if not notes and len(terms) < 3:
         notes.append("exponent of N is 0: N and D rise together in these grids, so the laws hold for their D/N alone")
-    return [0, *(1 + ("N", "D").index(name) for name in known)], notes
+    return terms, notes
+
+
+def _determined(grids: list[Grid]) -> list[int]:
+    """Return the terms of (1, ln N, ln D) that the sizes of the grids determine."""
+    known = [name for name, count in _distinct_sizes(grids).items() if count >= FEWEST_SIZES]
+    if len(known) == 2:
+        logs = np.log([(grid.parameters, grid.tokens) for grid in grids])
+        if abs(np.corrcoef(logs.T)[0, 1]) > TOGETHER:
+            known = ["D"]
+    return [0, *(1 + ("N", "D").index(name) for name in known)]
+
+
+def _distinct_sizes(grids: list[Grid]) -> dict[str, int]:
+    return {"N": _distinct([grid.parameters for grid in grids]), "D": _distinct([grid.tokens for grid in grids])}
 
 
 def _distinct(values: list[float]) -> int:
@@ -234,12 +238,17 @@ def _line(logs: list[float], sizes: Array, terms: list[int]) -> Array:
 
 
 def _bootstrap(grids: list[Grid], form: Form, resamples: int, seed: int) -> Array:
-    """Return exponents (k, 2, 3) of the draws that determine them: grids are drawn with replacement, then points of each."""
+    """Return exponents (k, 2, 3) of the draws that determine them: grids are drawn with replacement, then points of each.
+
+    A draw of too few sizes is left out by the rules for the fit itself: its exponents may be anything.
+    """
     generator = np.random.default_rng(seed)
     near = [grid.near(len(form.axes)) for grid in grids]
     draws = []
     for _ in range(resamples):
         drawn = [near[index] for index in generator.integers(len(near), size=len(near))]
+        if not set(form.terms) <= set(_determined(drawn)):
+            continue
         chosen = [_resampled(grid, generator) for grid in drawn]
         if (surface := _solution(chosen, form)) is not None:
             draws.append(surface.exponents)
@@ -262,7 +271,7 @@ def _power(exponents: Array, draws: Array | None) -> PowerOfSize:
 
 def _result(grid: Grid, grids: list[Grid], form: Form, surface: Surface) -> TunedGrid:
     without = [other for other in grids if other is not grid]
-    held_out = _solve(without, form) if without else None
+    held_out = _solve(without, form) if set(form.terms) <= set(_determined(without)) else None
     chosen = surface.at(grid.parameters, grid.tokens)
     best = grid.logs[grid.best]
     edges = [axis for axis in form.axes if best[axis] in (grid.logs[:, axis].min(), grid.logs[:, axis].max())]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from isoflop.config.recipe_optimizer import Schedule
 from isoflop.scaling.hyperparameters import HyperparameterLaw, LossCurvature, OptimizerName, PowerOfSize
-from isoflop.scaling.laws import load_law
+from isoflop.scaling.laws import load_hyperparameters
 from isoflop.utils.errors import UserError, nearest
 
 # Mean over 13 grids of the table that Step Law publishes (dense_lr_bs_loss.csv, smoothed loss): on each, least squares of the
@@ -179,7 +179,7 @@ def load_hyperparameter_law(name_or_path: str | Path) -> HyperparameterLaw:
     if law := HYPERPARAMETER_LAWS.get(str(name_or_path)):
         return law
     try:
-        found = load_law(name_or_path).hyperparameters
+        found = load_hyperparameters(name_or_path)
     except UserError:
         if Path(name_or_path).is_file():
             raise

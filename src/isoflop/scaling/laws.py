@@ -174,9 +174,7 @@ class Law(Section):
 
     def model_size(self, model: Model) -> int:
         """Return a model's N as this law counts it."""
-        classes = cost.parameters_by_class(model)
-        left_out = ("embedding", "position", "head") if self.counts == "without_vocabulary" else ()
-        return sum(count for name, count in classes.items() if name not in left_out)
+        return parameters_without_vocabulary(model) if self.counts == "without_vocabulary" else cost.parameters(model)
 
     def loss(self, parameters: ArrayLike, tokens: ArrayLike) -> NDArray[np.float64]:
         """Return the formula's loss in nats per token at any N (counted as in `counts`) and D; arrays broadcast.
@@ -302,8 +300,32 @@ class _TwoPowers(NamedTuple):
         return loss
 
 
+def parameters_without_vocabulary(model: Model) -> int:
+    """Return a model's N without token embedding, position embedding and head."""
+    classes = cost.parameters_by_class(model)
+    return sum(count for name, count in classes.items() if name not in ("embedding", "position", "head"))
+
+
 def load_law(name_or_path: str | Path) -> Law:
     """Return a published law by its name, or the law in a YAML or JSON file. Raises `UserError` if it is missing or invalid."""
+    found = _found(name_or_path)
+    if isinstance(found, HyperparameterLaw):
+        raise UserError(
+            f"law {name_or_path}: of learning rate and batch, and none of the loss; fit one without --hyperparameters"
+        )
+    return found
+
+
+def load_hyperparameters(name_or_path: str | Path) -> HyperparameterLaw | None:
+    """Return the laws of learning rate and batch in a file, with a law of the loss or alone; None if it has none of them.
+
+    Raises `UserError` as `load_law` does.
+    """
+    found = _found(name_or_path)
+    return found if isinstance(found, HyperparameterLaw) else found.hyperparameters
+
+
+def _found(name_or_path: str | Path) -> Law | HyperparameterLaw:
     path = Path(name_or_path)
     if str(name_or_path) not in PUBLISHED and not os.path.isfile(path):
         with contextlib.suppress(UserError):
@@ -312,11 +334,13 @@ def load_law(name_or_path: str | Path) -> Law:
 
 
 @cache
-def _load_law(name: str, file: Path, changed_ns: int) -> Law:
-    """Load a law once; a file that was written again has another `changed_ns`."""
+def _load_law(name: str, file: Path, changed_ns: int) -> Law | HyperparameterLaw:
+    """Load a law of the loss, or those of rate and batch alone, once; a file written again has another `changed_ns`."""
     path: Any = files(__package__) / "published" / f"{name}.yaml" if name in PUBLISHED else file
     try:
         tree = parse_yaml(read_text(path, MOST_YAML_BYTES, "give a law that `isoflop fit` wrote"))
+        if isinstance(tree, dict) and set(tree) == {"hyperparameters"}:
+            return HyperparameterLaw.model_validate(tree["hyperparameters"])
         if not isinstance(tree, dict) or "form" not in tree:
             raise UserError(f"law {name}: not a law: a YAML mapping of form, coefficients, counts, source")
         return Law.model_validate(tree | {"name": name})

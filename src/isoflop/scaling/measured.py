@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from isoflop.scaling.hyperparameters import OptimizerName
 from isoflop.scaling.laws import LossDecayModel
-from isoflop.scaling.points import Curve, Points
+from isoflop.scaling.points import Curve, Points, TunedPoints
 
 FEWEST_POINTS = 6  # one more than the law has coefficients
 
@@ -27,3 +28,9 @@ class Measured:
     progress: LossDecayModel | None = None
     layers: tuple[int, int] | None = None
     """Fewest and most decoder layers; None for a table, which does not state them."""
+    optimizer: OptimizerName = "adamw"
+    """What trained the runs; AdamW for a table that does not state it."""
+    parametrization: Literal["standard", "completep"] = "standard"
+    tuned: TunedPoints | str = ""
+    """All runs with their learning rates and batches, if these vary at the same N and D, where `points` are those of the least
+    loss; else why there are none."""

@@ -9,7 +9,7 @@ from isoflop.scaling.newton import DELTA, Objective
 from isoflop.utils.errors import UserError
 
 FEWEST_RESAMPLES = 20  # the 5th and 95th percentile are then the outermost draws
-COLUMN_OPTIONS = ("parameters", "tokens", "flops", "loss")
+COLUMN_OPTIONS = ("parameters", "tokens", "flops", "loss", "learning_rate", "batch")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FitOptions:
     delta: float = DELTA
     """Threshold of the Huber loss, in log loss."""
     parameters: str | None = None
-    """The table's column of N; default, as for the next three: found by its name."""
+    """The table's column of N; default, as for the next columns: found by its name."""
     tokens: str | None = None
     """The table's column of D."""
     flops: str | None = None
@@ -44,12 +44,25 @@ class FitOptions:
     """Folder for figure, page and numbers. Default: that of `out`."""
     as_json: bool = False
     """Print the numbers as JSON instead of the page."""
+    hyperparameters: bool = False
+    """Fit laws of learning rate and batch, and none of the loss. Otherwise both, where the runs are sweeps over these."""
+    learning_rate: str | None = None
+    """The table's column of peak learning rates."""
+    batch: str | None = None
+    """The table's column of batches: in tokens if its name says so, else in sequences of `sequence_length`."""
+    sequence_length: int | None = None
+    """Tokens of a sequence, for a table whose batches are in sequences."""
 
     def __post_init__(self) -> None:
         rules = [
             (f"resamples {self.resamples}", self.resamples >= FEWEST_RESAMPLES, f"at least {FEWEST_RESAMPLES}"),
             (f"seed {self.seed}", self.seed >= 0, "0 or more"),
             (f"asymmetry {self.asymmetry:g}", 0 < self.asymmetry < 1, "within 0 to 1; 0.5 weighs both sides alike"),
+            (
+                f"sequence-length {self.sequence_length}",
+                self.sequence_length is None or self.sequence_length > 0,
+                "the tokens of a sequence, e.g. 2048",
+            ),
             (f"delta {self.delta:g}", 0 < self.delta < math.inf, "above 0; Hoffmann et al. 2022 use 1e-3"),
             *((f"predict {flops:g}", 0 < flops < math.inf, "a budget in FLOPs, e.g. 1e21") for flops in self.predict),
         ]

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from isoflop.scaling.hyperparameters import HyperparameterLaw
 from isoflop.scaling.laws import COEFFICIENTS, EXPONENT_RANGE, EXPONENTS, FittedOn, Law
 from isoflop.scaling.measured import Measured
 from isoflop.scaling.points import Array
 from isoflop.scaling.report import FitReport
 from isoflop.utils.errors import UserError
 from isoflop.utils.html import html_image
-from isoflop.utils.io import atomic_write, require_own_files
+from isoflop.utils.io import atomic_write, has_keys, require_own_files
 from isoflop.utils.tables import markdown, table
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ class Fit:
     """log(measured / fitted) of the points, (n,)."""
 
     @property
+    def hyperparameters(self) -> HyperparameterLaw | None:
+        """Laws of learning rate and batch, if the runs were sweeps over these."""
+        return self.report.hyperparameters.law if self.report.hyperparameters else None
+
+    @property
     def problem(self) -> str | None:
         """Why the parametric fit is no law; None if it is one."""
         fit = self.report.parametric
@@ -56,6 +62,8 @@ class Fit:
             form="chinchilla",
             coefficients=dict(zip(NAMES, self.report.parametric.coefficients, strict=True)),
             counts=self.measured.counts,
+            optimizer=self.measured.optimizer,
+            parametrization=self.measured.parametrization,
             source=f"fitted by scripts/fit.py to {self.measured.origin}",
             fitted_on=FittedOn(
                 parameters=(float(points.parameters.min()), float(points.parameters.max())),
@@ -65,6 +73,7 @@ class Fit:
             draws=[[_rounded(value) for value in draw] for draw in valid_draws(self.draws)[:MOST_DRAWS]],
             residuals=[_rounded(value) for value in self.residuals],
             progress=self.measured.progress,
+            hyperparameters=self.hyperparameters,
         )
 
     @property
@@ -141,7 +150,8 @@ def report_files(law_file: Path, folder: Path | None = None) -> tuple[Path, Path
 
 def require_own_law(key: str, out: str) -> None:
     """Raise `UserError` if `out` exists and is no law file; `key` names it in the message."""
-    require_own_files([Path(out)], f"{key} {out}", ["form", "coefficients", "source"])
+    if not has_keys(Path(out), ["hyperparameters"]):
+        require_own_files([Path(out)], f"{key} {out}", ["form", "coefficients", "source"])
 
 
 def valid_draws(draws: Array) -> Array:

@@ -12,9 +12,10 @@ from isoflop.compare.runs import NATS, RunHistory, read_runs
 from isoflop.config.recipe import differences, flatten
 from isoflop.data.manifest import read_manifest
 from isoflop.plan import cost
-from isoflop.scaling.laws import LossDecayModel
+from isoflop.scaling.laws import LossDecayModel, parameters_without_vocabulary
 from isoflop.scaling.measured import FEWEST_POINTS, Measured
-from isoflop.scaling.points import Curve, Points
+from isoflop.scaling.points import Curve, Points, TunedPoints
+from isoflop.scaling.tuned import least_rows
 from isoflop.train.run_folder import RunFolder
 from isoflop.utils.errors import UserError
 
@@ -33,8 +34,11 @@ class Finished(NamedTuple):
     """Tokens of its training split; None if the prepared data are on another machine."""
 
 
-def measured_runs(paths: list[str]) -> Measured:
-    """Read the finished runs at or below some folders. Raises `UserError` for runs whose losses do not compare."""
+def measured_runs(paths: list[str], hyperparameters: bool = False) -> Measured:
+    """Read the finished runs at or below some folders; `hyperparameters` if no law of the loss will be fitted.
+
+    Raises `UserError` for runs whose losses do not compare.
+    """
     folders = _run_folders(paths)
     done = [folder for folder in folders if RunFolder(folder).summary.exists()]
     warnings = [f"{folder} is not finished and is left out" for folder in folders if folder not in done]
@@ -44,10 +48,13 @@ def measured_runs(paths: list[str]) -> Measured:
     ]
     finished = [one for one in finished if not math.isnan(one.loss)]
     _require_comparable([one.run for one in finished])
-    if len(finished) < FEWEST_POINTS:
+    best, tuned = _least(finished)
+    notes = [] if len(best) == len(finished) else [f"the loss law is of the best of {len(finished)} runs at each N and D"]
+    if len(best) < FEWEST_POINTS and not hyperparameters:
         raise UserError(
-            f"{', '.join(paths)}: {len(finished)} finished runs, and a law of 5 coefficients needs {FEWEST_POINTS} or more;"
-            " train more, e.g. by `isoflop sweep`"
+            f"{', '.join(paths)}: {len(best)} finished runs{' at distinct N and D' if notes else ''}, and a law of 5 coefficients"
+            f" needs {FEWEST_POINTS} or more; train more, e.g. by `isoflop sweep`"
+            + ("; or fit the learning rates and batches alone by --hyperparameters" if notes else "")
         )
     warnings += [
         f"{one.run.name} saw {one.tokens:,.0f} tokens of {one.unique_tokens:,.0f} ({one.tokens / one.unique_tokens:.2f} epochs):"
@@ -55,15 +62,33 @@ def measured_runs(paths: list[str]) -> Measured:
         for one in finished
         if one.unique_tokens and one.tokens > one.unique_tokens
     ]
-    layers = [cost.shape_of(one.run.recipe.model).num_layers for one in finished]
+    layers = [cost.shape_of(one.run.recipe.model).num_layers for one in best]
+    recipe = finished[0].run.recipe
     return Measured(
-        points=_points(finished),
-        curves=[_curve(one.run) for one in finished],
+        points=_points(best),
+        curves=[_curve(one.run) for one in best],
         origin=_origin(finished),
+        notes=notes,
         warnings=warnings,
-        progress=loss_decay(finished),
+        progress=loss_decay(best),
         layers=(min(layers), max(layers)),
+        optimizer=recipe.optimizer.name,
+        parametrization=recipe.parametrization.name,
+        tuned=tuned,
     )
+
+
+def _least(finished: list[Finished]) -> tuple[list[Finished], TunedPoints | str]:
+    """Return the runs of the least loss at each N and D; and all with their rates and batches, or why these do not vary."""
+    points = _points(finished)
+    recipes = [one.run.recipe for one in finished]
+    pairs = [(recipe.optimizer.peak_learning_rate, recipe.training.tokens_per_step) for recipe in recipes]
+    kept = least_rows(points, pairs)
+    if len(kept) == len(finished):
+        return finished, "no runs of the same N and D differ in learning rate or batch; train such by `isoflop sweep`"
+    rate, batch = np.array(pairs, dtype=float).T
+    sizes = np.array([float(parameters_without_vocabulary(recipe.model)) for recipe in recipes])
+    return [finished[index] for index in kept], TunedPoints(sizes, points.tokens, rate, batch, points.loss)
 
 
 def _run_folders(paths: list[str]) -> list[str]:
@@ -93,19 +118,22 @@ def _finished(run: RunHistory) -> Finished:
 
 
 def _require_comparable(runs: list[RunHistory]) -> None:
-    """Raise `UserError` unless all runs share tokenizer, data and sequence length, on which nats per token depend."""
+    """Raise `UserError` unless all runs share tokenizer, data and sequence length, on which nats per token depend, and optimizer
+    and parametrization, each of which has a law of its own."""
     values = [_comparable_settings(run) for run in runs]
     for run, other in zip(runs, values, strict=True):
         if changed := differences(values[0], other):
             raise UserError(
                 f"{run.name}: its losses do not compare with those of {runs[0].name} ({'; '.join(changed)}); fit runs of one"
-                " tokenizer, data and sequence length"
+                " tokenizer, data, sequence length, optimizer and parametrization: give their folders alone"
             )
 
 
 def _comparable_settings(run: RunHistory) -> dict[str, Any]:
-    tree = run.recipe.model_dump(mode="json", include={"tokenizer", "data"}, exclude={"data": {"prepared_dir"}})
-    return flatten(tree | {"training": {"sequence_length": run.recipe.training.sequence_length}})
+    sections = {"tokenizer", "data", "parametrization"}
+    tree = run.recipe.model_dump(mode="json", include=sections, exclude={"data": {"prepared_dir"}})
+    optimizer, training = run.recipe.optimizer, run.recipe.training
+    return flatten(tree | {"optimizer": {"name": optimizer.name}, "training": {"sequence_length": training.sequence_length}})
 
 
 def _points(finished: list[Finished]) -> Points:

@@ -15,6 +15,7 @@ from isoflop.scaling.columns import Columns, find_columns
 from isoflop.scaling.measured import FEWEST_POINTS, Measured
 from isoflop.scaling.options import FitOptions
 from isoflop.scaling.points import Curve, Points
+from isoflop.scaling.tuned import optimizer_of, tuned_rows
 from isoflop.utils.errors import UserError, nearest
 from isoflop.utils.untrusted import unique_keys
 
@@ -47,7 +48,8 @@ def _measured(cells: Rows, file: str, options: FitOptions) -> Measured:
     for condition in options.where:
         rows = _matching(rows, condition, header, file)
     points, notes = _points(rows, columns, file)
-    kept, warnings = drop_repeated(points, [number for number, _ in rows], file)
+    pairs = [tuple(row.get(name) for name in (columns.learning_rate, columns.batch) if name) for _, row in rows]
+    kept, warnings = drop_repeated(points, pairs, [number for number, _ in rows], file)
     points, rows = points.take(kept), [rows[i] for i in kept]
     curves, last = _curves(points, [row.get(columns.run) for _, row in rows] if columns.run else [])
     if curves:
@@ -55,11 +57,22 @@ def _measured(cells: Rows, file: str, options: FitOptions) -> Measured:
             f"rows with the same {columns.run} are one run during training, and its last row is its point ({len(last)} points of"
             f" {len(rows)} rows); rename that column if they are separate runs"
         )
-    if len(last) < FEWEST_POINTS:
-        raise UserError(f"{file} has {len(last)} points, and a law of 5 coefficients needs {FEWEST_POINTS} or more; add runs")
+    points, rows = points.take(last), [rows[i] for i in last]
+    tuned, least = tuned_rows(rows, columns, points, file, options.sequence_length)
+    if len(least) < len(rows):
+        notes.append(f"the loss law is of the best of {len(rows)} runs at each N and D")
+        warnings += [f"no laws of learning rate and batch: {tuned}"] if isinstance(tuned, str) else []
+    points = points.take(least)
+    if len(least) < FEWEST_POINTS and not options.hyperparameters:
+        distinct = " of distinct N and D" if len(least) < len(rows) else ""
+        raise UserError(
+            f"{file} has {len(least)} points{distinct}, and a law of 5 coefficients needs {FEWEST_POINTS} or more; add runs"
+        )
     of = f" where {' and '.join(options.where)}" if options.where else ""
     counts: Literal["total", "without_vocabulary"] = "without_vocabulary" if columns.without_vocabulary else "total"
-    return Measured(points.take(last), curves, f"{len(last)} points of {file}{of}", counts, notes, warnings)
+    origin = f"{len(rows)} points of {file}{of}"
+    optimizer = optimizer_of(rows, columns, file)
+    return Measured(points, curves, origin, counts, notes, warnings, optimizer=optimizer, tuned=tuned)
 
 
 def _points(rows: list[tuple[int, dict[str, Any]]], columns: Columns, file: str) -> tuple[Points, list[str]]:
@@ -68,7 +81,7 @@ def _points(rows: list[tuple[int, dict[str, Any]]], columns: Columns, file: str)
     given = {
         key: positive([row.get(name) for _, row in rows], numbers, name, file)
         for key, name in columns._asdict().items()
-        if name is not None and key != "run"
+        if name is not None and key in ("parameters", "loss", "tokens", "flops", "weight", "unique_tokens")
     }
     check_units(given, columns, numbers, file)
     n, d, c = given["parameters"], given.get("tokens"), given.get("flops")

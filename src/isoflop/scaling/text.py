@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from isoflop.scaling.hyperparameter_text import hyperparameters_text
 from isoflop.scaling.laws import FittedOn
 from isoflop.scaling.report import FitReport, HeldOutBudget, LeastSum, Parametric, PowerLaw, Repeated, SingleLaw
 from isoflop.scaling.verdict import verdict_of
@@ -35,6 +36,7 @@ def page_of(report: FitReport, notes: list[str], make_table: MakeTable) -> str:
         held_out_text(report.leave_largest_out, make_table),
         single_laws_text(report.kaplan, make_table),
         repeated_text(report.repeated),
+        hyperparameters_text(report.hyperparameters, make_table) if report.hyperparameters else "",
         "\n".join([*(f"* note: {note}" for note in notes), *(f"* warning: {warning}" for warning in report.warnings)]),
         verdict_of(report),
     ]

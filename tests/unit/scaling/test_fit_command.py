@@ -161,7 +161,7 @@ def test_folders_of_runs_are_fitted(tmp_path, capsys):
         ({"delta": 0.0}, "--delta 0: give above 0"),
         ({"predict": (1e21, -1.0)}, "--predict -1: give a budget in FLOPs"),
         ({"runs": ("a.csv", "b.csv")}, "a.csv, b.csv: several tables; put their rows into one"),
-        ({"runs": (str(ROOT),), "loss": "x"}, "--loss-column and --where are about a table"),
+        ({"runs": (str(ROOT),), "loss": "x"}, "--batch, --sequence-length and --where are about a table"),
     ],
 )
 def test_invalid_options_are_refused(changes, message):

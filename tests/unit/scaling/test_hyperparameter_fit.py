@@ -10,7 +10,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isoflop.scaling.hyperparameter_fit import fit_hyperparameters, grids_of, has_grids
+from isoflop.scaling.hyperparameter_fit import fit_hyperparameters, grids_of
 from isoflop.scaling.points import TunedPoints
 from isoflop.utils.errors import UserError
 
@@ -56,7 +56,8 @@ def test_known_laws_are_found_again():
     assert (curvature.rate, curvature.batch, curvature.cross) == pytest.approx((0.012, 0.011, -0.01))
     assert (report.law.optimizer, report.law.source) == ("muon", "a test")
     assert (report.law.parameters_range, report.law.tokens_range) == ((1e7, 9e7), pytest.approx((1e8, 1.44e10)))
-    assert (report.notes, report.warnings, report.resamples) == ([], [], 50)
+    assert (report.notes, report.warnings) == ([], [])
+    assert 40 < report.resamples <= 50  # a draw without three sizes is left out
     grid = report.grids[0]
     assert (grid.parameters, grid.tokens, grid.runs, grid.at_edge) == (1e7, pytest.approx(1e8), 25, [])
     assert (grid.learning_rate, grid.tokens_per_step) == pytest.approx(known(1e7, 1e8))
@@ -203,8 +204,3 @@ def test_a_minimum_at_the_end_of_the_values_is_a_warning():
 def test_runs_that_do_not_determine_the_laws_are_refused(points, message):
     with pytest.raises(UserError, match=message):
         fit_hyperparameters(points, "adamw", "", resamples=20)
-
-
-def test_grids_are_recognized():
-    assert has_grids(runs())
-    assert not has_grids(runs(rates=(1.0,), batches=(1.0,)))
