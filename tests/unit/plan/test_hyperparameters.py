@@ -215,3 +215,16 @@ def test_the_comparison_takes_the_law_of_the_recipes_optimizer():
     muon = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"name": "muon"})})
     assert compare_hyperparameters(muon, 10**10, fitted).law.law.name == "mine"
     assert law_for("muon", 1e8, 2e9) is NANOCHAT
+
+
+def test_the_manual_lists_every_law_with_its_formulas():
+    manual = (ROOT / "docs/manual.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in manual.splitlines() if line.startswith("| `") and line.count("|") == 7}
+    assert set(rows) == set(HYPERPARAMETER_LAWS)
+    for name, law in HYPERPARAMETER_LAWS.items():
+        assert f"| {law.optimizer} |" in rows[name]
+        if name != "deepseek":  # whose formulas are of 6ND there
+            assert law.peak_learning_rate.formula().replace("^-0.1667", "^-1/6") in rows[name]
+            assert law.tokens_per_step.formula() in rows[name]
+        if law.decay_timescale:
+            assert f"{law.decay_timescale:.3g} D)" in rows[name]
