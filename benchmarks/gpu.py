@@ -1,7 +1,7 @@
 """Everything there is to prove and measure on a GPU, most valuable first: python benchmarks/gpu.py [--minutes 14] [--out DIR].
 
-correct (5 parts of 12): loss, gradients, whole runs, resume after kill -9.  memory (2): predicted against allocated.
-speed (4): tokens/s and MFU of the recipes, and what each choice is worth.  rate (the rest): loss by wall time.
+correct (5 parts of 13): loss, gradients, whole runs, resume after kill -9.  memory (2): predicted against allocated.
+speed (4): tokens/s and MFU of the recipes, and what each choice is worth.  rate (the rest): loss by wall time, AdamW and Muon.
 
 Each part is a process of its own with a time limit; rows are in DIR/gpu.jsonl as soon as a case is done, and a crash or a hang
 costs that case alone. Needs no network. `--rehearse` runs every part at toy size on a CPU. Exit code 1 where a case crashed or a
@@ -31,7 +31,7 @@ from gpu_parts.runner import kill_group, run_part, tail
 
 ROOT = Path(__file__).parent.parent
 MINUTES, REHEARSAL_MINUTES = 14.0, 20.0
-SHARES = {"correct": 5.0, "memory": 2.0, "speed": 4.0, "rate": 1.0}  # of 12
+SHARES = {"correct": 5.0, "memory": 2.0, "speed": 4.0, "rate": 2.0}  # of 13
 REQUIRED = {"torch": (2, 11), "transformers": (5, 17), "accelerate": (1, 15), "datasets": (5, 2), "pydantic": (2, 12)}
 OPTIONAL = {
     "liger_kernel": "Liger's kernels", "torchao": "float8", "triton": "compiling", "flash_attn": "flash attention 2",

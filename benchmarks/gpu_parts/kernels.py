@@ -19,6 +19,7 @@ from gpu_parts import results
 from gpu_parts.cases import OUT_OF_MEMORY, Context, Emit, lacking, sized
 from isoflop.config.recipe import Recipe
 from isoflop.modeling import loss as library_loss
+from isoflop.modeling.build import hidden_matrices
 from isoflop.plan import cost
 from isoflop.train.optimizers import build_optimizer
 from isoflop.train.training_model import build_training_model
@@ -155,15 +156,19 @@ def optimizer(context: Context, emit: Emit, name: str) -> None:
 
 
 def muon(context: Context, emit: Emit, name: str) -> None:
-    """torch's Muon over the matrices of the layers: five Newton-Schulz steps in bf16 for each."""
-    recipe = sized(context, name, "training.compile=false")
+    """The library's Muon and torch's over the matrices of the layers: five Newton-Schulz steps in bf16 for each."""
+    recipe = sized(context, name, "training.compile=false", "optimizer.name=muon")
     with context.device:
         model = build_training_model(recipe, eos_token_id=0, bos_token_id=None, device=context.device)
-    layers = [p for part, p in model.named_parameters() if p.ndim == 2 and ".layers." in part]
+    layers = hidden_matrices(model.causal_lm)
     for parameter in layers:
-        parameter.grad = torch.randn_like(parameter)
+        parameter.grad = torch.randn_like(parameter)  # other weights have none, so that no optimizer updates them
     facts = {"recipe": name, "parameters": sum(p.numel() for p in layers), "matrices": len(layers)}
-    timed(context, emit, f"{name}: torch.optim.Muon", torch.optim.Muon(layers).step, 5, **facts)
+    for way, build in {
+        "library's Muon": lambda: build_optimizer(model.causal_lm, recipe.optimizer, context.device),
+        "torch.optim.Muon": lambda: torch.optim.Muon(layers),
+    }.items():
+        timed(context, emit, f"{name}: {way}", build().step, 5, **facts)
 
 
 def foreach(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

@@ -70,7 +70,7 @@ def plan(context: Context) -> list[Case]:
         loop("modern_124m liger", "modern_124m", COMPILED, "training.kernels=liger", missing=liger, alone=True),
         Case("attention", lambda context, emit: each(context, emit, kernels.attention, "modern_124m", "llama2_1.36b"), 5),
         Case("optimizer", lambda context, emit: each(context, emit, kernels.optimizer, "modern_124m", "llama2_1.36b"), 6),
-        Case("muon", lambda context, emit: each(context, emit, kernels.muon, "modern_124m", "llama2_1.36b"), 5),
+        Case("muon update", lambda context, emit: each(context, emit, kernels.muon, "modern_124m", "llama2_1.36b"), 7),
         loop("gpt2_124m nanoGPT compiled", "gpt2_124m", 2 * LARGE, way="nanogpt", missing=nanogpt(context) or compiler,
              compile_all=True),
         loop("modern_124m transformers", "modern_124m", BUILT, "training.compile=false", way="transformers"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 from measured import Row, by_case, median_and_range, sources
 
 from isoflop.utils.tables import markdown
@@ -104,13 +105,33 @@ def trace(rows: list[Row]) -> str:
 
 
 def rate(rows: list[Row]) -> str:
-    """Loss by wall time, some points of the curve."""
-    for row in rows:
-        if row.get("curve"):
-            points = row["curve"][:: max(1, len(row["curve"]) // 8)]
-            lines = [[f"{point['elapsed_s']:.0f}", f"{point['tokens']:,}", f"{point['loss']:.3f}"] for point in points]
-            return f"`{row['case']}` on {row['text']}:\n\n" + markdown(["s", "tokens", "loss"], lines)
-    return ""
+    """Loss by wall time: some points of each curve, and AdamW compared with Muon where both were trained."""
+    curves = {row.get("optimizer", "adamw"): row for row in rows if row.get("curve")}
+    parts = []
+    for row in curves.values():
+        points = row["curve"][:: max(1, len(row["curve"]) // 8)]
+        lines = [[f"{point['elapsed_s']:.0f}", f"{point['tokens']:,}", f"{point['loss']:.3f}"] for point in points]
+        parts.append(f"`{row['case']}` on {row['text']}:\n\n" + markdown(["s", "tokens", "loss"], lines))
+    return "\n\n".join([*parts, *optimizers(curves)])
+
+
+def optimizers(curves: dict[str, Row]) -> list[str]:
+    """Validation losses of AdamW and Muon at equal time and at equal tokens, both counted from the end of the first step."""
+    both = [curves.get("adamw"), curves.get("muon")]
+    if not all(row and row.get("validation") for row in both):
+        return []
+    losses, ends = [], {}
+    for key, unit in (("elapsed_s", "s"), ("tokens", "tokens")):
+        points = [[(point[key] - row["curve"][0][key], point["val_loss"]) for point in row["validation"]] for row in both if row]
+        ends[key] = min(own[-1][0] for own in points)
+        adamw, muon = (float(np.interp(ends[key], *zip(*own, strict=True))) for own in points)
+        losses.append(f"after {ends[key]:,.0f} {unit} {adamw:.3f} and {muon:.3f}")
+    speeds = []
+    for row in both:
+        first, last = (row["curve"][0], row["curve"][-1]) if row else ({}, {})
+        speeds.append(f"{(last['tokens'] - first['tokens']) / (last['elapsed_s'] - first['elapsed_s']):,.0f}")
+    return [f"Validation loss of AdamW and Muon at one learning rate: {', '.join(losses)};"
+            f" {' and '.join(speeds)} tokens/s, validation included."]  # fmt: skip
 
 
 def left_out(rows: list[Row]) -> str:

@@ -138,8 +138,26 @@ def test_the_gpu_sections_say_that_nothing_is_measured_yet_or_what_was(tmp_path)
     assert "| modern_124m | isoflop | 32 x 4 | 400,000 (390,000 to 410,000) | 43.2% | 55% | 21 | 16.0 |" in text
     assert "- llama2_1.36b float8: torchao is not installed" in text
     assert "rehearsed" not in text
+    assert "Validation loss of AdamW and Muon" not in text
     line = "| `gpt2_124m eager` | micro-batch 32 | 14,428,839,936 | 14,525,317,632 | 14,933,819,392 | -0.66% |"
     assert line in memory.on_gpus(tmp_path / "gpu.jsonl")
+
+
+def test_both_optimizers_are_compared_at_equal_time_and_tokens():
+    def run(optimizer, step_s, losses):
+        steps = range(1, 1 + 50 * len(losses))
+        curve = [{"elapsed_s": 20 + step_s * (step - 1), "tokens": 100 * step, "loss": 9.0} for step in steps]
+        validation = [curve[50 * place - 1] | {"val_loss": loss} for place, loss in enumerate(losses, 1)]
+        return {"case": optimizer, "text": "text", "optimizer": optimizer, "curve": curve, "validation": validation}
+
+    adamw, muon = run("adamw", 1.0, [5.0, 4.0, 3.0]), run("muon", 2.0, [4.5, 3.5])
+    text = performance_gpu.rate([adamw, muon])
+    assert text.endswith(
+        "Validation loss of AdamW and Muon at one learning rate: after 149 s 3.000 and 3.990, after 9,900 tokens 4.000 and 3.500;"
+        " 100 and 50 tokens/s, validation included."
+    )
+    assert "Validation loss" not in performance_gpu.rate([adamw])
+    assert "Validation loss" not in performance_gpu.rate([adamw, muon | {"validation": []}])
 
 
 def test_every_row_says_where_it_is_from():
@@ -284,10 +302,10 @@ def test_lines_say_what_came_out():
 
 
 def test_the_minutes_are_shared_and_what_is_left_goes_on():
-    assert gpu.limits(["correct", "memory", "speed", "rate"], 0.0, 480.0) == {
-        "correct": 200.0, "memory": 280.0, "speed": 440.0, "rate": 480.0,
+    assert gpu.limits(["correct", "memory", "speed", "rate"], 0.0, 520.0) == {
+        "correct": 200.0, "memory": 280.0, "speed": 440.0, "rate": 520.0,
     }  # fmt: skip
-    assert gpu.limits(["memory", "rate"], 100.0, 400.0) == {"memory": 300.0, "rate": 400.0}
+    assert gpu.limits(["memory", "rate"], 100.0, 500.0) == {"memory": 300.0, "rate": 500.0}
 
 
 def test_the_package_is_found_where_it_is_not_installed(tmp_path):
@@ -329,9 +347,10 @@ def test_the_rehearsal_reaches_every_case_without_an_error(rehearsed):
     }  # fmt: skip
     recipes = ("modern_124m", "gpt2_124m", "llama2_1.36b", "llama3_1.5b")
     assert set(cases["memory"]) == {f"{name} {how}" for name in recipes for how in ("eager", "compiled")}
-    levers = {"machine", "trace modern_124m", "loss", "attention", "optimizer", "modern_124m eager", "modern_124m Trainer"}
+    levers = {"machine", "trace modern_124m", "loss", "attention", "optimizer", "muon update", "modern_124m eager",
+              "modern_124m Trainer"}  # fmt: skip
     assert set(cases["speed"]) >= {*recipes, *levers, "modern_124m liger", "llama2_1.36b float8", "gpt2_124m nanoGPT"}
-    assert cases["rate"] == ["modern_124m"]
+    assert cases["rate"] == ["modern_124m", "modern_124m muon"]
     assert all({"machine", "commit", "versions", "command", "run"} <= set(row) and row["rehearsal"] for row in rows)
     assert len(list(folder.iterdir())) <= 8
     table = printed[printed.index("\npart ") :].strip().splitlines()
@@ -362,8 +381,13 @@ def test_what_the_rehearsal_measures(rehearsed):
     kernels = [row for row in rows if row["case"] == "trace modern_124m" and "kernel" in row]
     assert len(kernels) == 10
     assert (rehearsed[0] / "gpu_trace.json.gz").stat().st_size < 16 * 2**20
-    (rate,) = (row for row in rows if row["part"] == "rate")
-    assert 1 <= len(rate["curve"]) <= 100
-    assert all(point["loss"] > 0 for point in rate["curve"])
+    rates = [row for row in rows if row["part"] == "rate"]
+    assert [row["optimizer"] for row in rates] == ["adamw", "muon"]
+    assert all(1 <= len(rate["curve"]) <= 100 and all(point["loss"] > 0 for point in rate["curve"]) for rate in rates)
+    assert rates[0]["curve"][0]["loss"] == rates[1]["curve"][0]["loss"]  # the same weights and the same first step
+    ways = {row["way"] for row in rows if row["case"] == "muon update"}
+    assert ways == {
+        f"{name}: {way}" for name in ("modern_124m", "llama2_1.36b") for way in ("library's Muon", "torch.optim.Muon")
+    }
     skipped = {row["case"]: row["skipped"] for row in rows if "skipped" in row}
     assert skipped["gpt2_124m nanoGPT"] == "no checkout of nanoGPT is named: --nanogpt PATH"
