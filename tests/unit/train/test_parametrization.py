@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import TOY_MODELS
+from conftest import TOY_MODELS, weights_of
 from conftest import train as train_recipe
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +16,7 @@ from isoflop.checkpoint.state import read
 from isoflop.config.recipe import Recipe
 from isoflop.modeling.build import RESIDUAL_PROJECTIONS, build_config, build_model, load_model
 from isoflop.modeling.modeling_hybrid import HybridForCausalLM
+from isoflop.train.optimizers import build_optimizer
 from isoflop.train.parametrization import Scale, parameter_scales, scale_initial_values
 from isoflop.train.training_model import build_training_model
 
@@ -198,13 +199,7 @@ def folded(recipe):
     model = causal_lm_of(recipe)
     scales = parameter_scales(model, recipe)
     scale_initial_values(model, scales)
-    given = recipe.optimizer
-    groups = [
-        {"params": [p], "lr": given.peak_learning_rate * scales[name].learning_rate, "eps": given.epsilon * scales[name].epsilon,
-         "weight_decay": given.weight_decay * scales[name].weight_decay * (p.dim() == 2)}
-        for name, p in model.named_parameters()
-    ]  # fmt: skip
-    return model, torch.optim.AdamW(groups, betas=(given.beta1, given.beta2))
+    return model, build_optimizer(model, recipe.optimizer, torch.device("cpu"), scales)
 
 
 def train(model, optimizer, steps=20):
@@ -235,6 +230,22 @@ def test_folded_factors_train_as_explicit_multipliers_do(model):
         torch.testing.assert_close(parameter, weights[name] * multiplier, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_under_muon_folded_factors_train_as_explicit_multipliers_do(model):
+    recipe = recipe_of(model, name="muon")
+    reference, by_rules = explicit(recipe)
+    of_adamw = {id(p): group for group in by_rules.param_groups for p in group["params"]}
+    rules = {}
+    for name, parameter in reference.named_parameters():
+        epsilon = of_adamw[id(parameter)]["eps"] / OPTIMIZER["epsilon"]
+        in_a_layer = any(part in name for part in (".layers.", ".h."))
+        matrix = in_a_layer and parameter.dim() == 2
+        rules[name] = Scale(1, 1 / math.sqrt(M), 1, math.sqrt(M)) if matrix else Scale(epsilon=epsilon)
+    expected = train(reference, build_optimizer(reference, recipe.optimizer, torch.device("cpu"), rules))
+    assert train(*folded(recipe)) == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] < expected[0] - 0.3
+
+
 @pytest.mark.parametrize("field", ["initial_value", "learning_rate", "epsilon", "weight_decay"])
 def test_the_equality_sees_a_wrong_factor(field, monkeypatch):
     recipe = recipe_of("llama tied")
@@ -250,13 +261,17 @@ def test_the_equality_sees_a_wrong_factor(field, monkeypatch):
 
 
 def test_an_exported_model_carries_nothing_extra(toy_tree, tmp_path):
-    base = {"name": "completep", "base_hidden_size": 8, "base_num_layers": 1}
-    keys = {}
-    for name, parametrization in (("standard", {}), ("completep", base)):
-        train_recipe({**toy_tree, "model": TOY_MODELS["gpt2"], "parametrization": parametrization}, tmp_path / name)
+    smaller = {"name": "completep", "base_hidden_size": 8, "base_num_layers": 1}
+    same = {"name": "completep", "base_hidden_size": 32, "base_num_layers": 2}
+    keys, weights = {}, {}
+    for name, parametrization in (("standard", {}), ("same", same), ("completep", smaller)):
+        tree = {**toy_tree, "model": TOY_MODELS["gpt2"], "parametrization": parametrization}
+        weights[name] = weights_of(train_recipe(tree, tmp_path / name))
         exported = tmp_path / name / "model"
         keys[name] = {file: set(json.loads((exported / file).read_text())) for file in ("config.json", "generation_config.json")}
     assert keys["completep"] == keys["standard"]
+    assert weights["same"] == weights["standard"]  # bit for bit: at the base's size nothing is scaled
+    assert weights["completep"] != weights["standard"]
     reopened = AutoModelForCausalLM.from_pretrained(exported)
     assert type(reopened) is GPT2LMHeadModel
     trained = load_model(
