@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from isoflop.config.recipe import Recipe
-from isoflop.plan.hyperparameters import DIGITS, Hyperparameters, choose, law_for, parameters_without_vocabulary
-from isoflop.scaling.laws import DEFAULT_LAW, FAR, Law, load_law
+from isoflop.plan.hyperparameters import DIGITS, Hyperparameters, choose, law_for
+from isoflop.scaling.laws import DEFAULT_LAW, FAR, Law, load_law, parameters_without_vocabulary
 from isoflop.utils.errors import UserError
 from isoflop.utils.tables import short
 

@@ -9,9 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from isoflop.config.recipe import Model
 from isoflop.config.recipe_optimizer import Schedule
-from isoflop.plan import cost
 from isoflop.scaling.hyperparameter_laws import default_law, load_hyperparameter_law
 from isoflop.scaling.hyperparameters import HyperparameterLaw, Interval, OptimizerName
 from isoflop.scaling.laws import critical_batch_tokens, load_law
@@ -196,12 +194,6 @@ def law_for(
             f" a law of {optimizer} such as {own.name}"
         )
     return found
-
-
-def parameters_without_vocabulary(model: Model) -> int:
-    """Return a model's N without embeddings and head."""
-    classes = cost.parameters_by_class(model)
-    return sum(count for name, count in classes.items() if name not in ("embedding", "position", "head"))
 
 
 def spread(interval: Interval, form: str) -> str:

@@ -14,13 +14,13 @@ from isoflop.config.recipe import Model, Recipe
 from isoflop.plan import cost
 from isoflop.plan.families import Family
 from isoflop.plan.gpus import GpuOptions
-from isoflop.plan.hyperparameters import Hyperparameters, law_for, parameters_without_vocabulary
+from isoflop.plan.hyperparameters import Hyperparameters, law_for
 from isoflop.plan.launches import known_launches
 from isoflop.plan.planner import plan_recipe
 from isoflop.plan.recipe_writer import Target, recipe_for, write_recipe
 from isoflop.plan.results import Plan
 from isoflop.scaling.hyperparameters import HyperparameterLaw, OptimizerName
-from isoflop.scaling.laws import FAR, Law
+from isoflop.scaling.laws import FAR, Law, parameters_without_vocabulary
 from isoflop.utils.errors import UserError
 
 

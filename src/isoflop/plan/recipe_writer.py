@@ -14,9 +14,9 @@ from isoflop.config.loading import load_recipe, to_yaml, validate_recipe
 from isoflop.config.recipe import Model, Recipe
 from isoflop.plan import cost
 from isoflop.plan.families import Family
-from isoflop.plan.hyperparameters import WARMUP_SHARE, Hyperparameters, choose, parameters_without_vocabulary
+from isoflop.plan.hyperparameters import WARMUP_SHARE, Hyperparameters, choose
 from isoflop.scaling.hyperparameters import HyperparameterLaw
-from isoflop.scaling.laws import critical_batch_tokens
+from isoflop.scaling.laws import critical_batch_tokens, parameters_without_vocabulary
 from isoflop.utils.credentials import hide_credentials
 from isoflop.utils.errors import UserError
 
@@ -71,29 +71,39 @@ def recipe_for(
     steps = int(tokens // tokens_per_step)
     if not steps:
         raise UserError(f"{tokens:,.0f} tokens are less than one step of {tokens_per_step:,}: a larger budget is needed")
+    micro = _dividing_micro_batch(base.training.micro_batch_size, windows // num_gpus, notes)
     tree: dict[str, Any] = base.model_dump(mode="json", exclude_none=True)
-    kept = {k: v for k, v in tree["training"].items() if k not in ("max_tokens", "tokens_per_parameter")}
-    micro = base.training.micro_batch_size
-    dividing = max(m for m in range(1, min(windows // num_gpus, micro) + 1) if windows // num_gpus % m == 0)
-    if dividing != micro:
-        notes.append(
-            f"micro_batch_size: {micro} changed to {dividing}, which divides the {windows // num_gpus} windows per step and GPU"
-        )
+    kept = base.training.model_dump(mode="json", exclude_none=True, exclude={"max_tokens", "tokens_per_parameter"})
     tree["model"] = model.model_dump(mode="json", exclude_none=True)
     tree["training"] = kept | {
         "sequence_length": sequence_length,
         "tokens_per_step": tokens_per_step,
-        "micro_batch_size": dividing,
+        "micro_batch_size": micro,
         "max_steps": steps,
     }
-    tree["schedule"]["warmup_steps"] = min(base.schedule.warmup_steps, int(WARMUP_SHARE * steps))
-    if chosen:
-        tree["optimizer"], tree["schedule"] = _optimizer(tree["optimizer"], chosen), _schedule(chosen)
+    tree |= _by_family(base, steps) if chosen is None else _tuned_sections(tree["optimizer"], chosen)
     tree["output"]["run_dir"] = f"runs/{name}"
-    if sequence_length != base.training.sequence_length:
-        tree["data"]["prepared_dir"] = re.sub(r"-\d+$", "", tree["data"]["prepared_dir"]) + f"-{sequence_length}"
+    tree["data"]["prepared_dir"] = _prepared_dir(base, sequence_length)
     recipe, more = _fit_micro_batch(validate_recipe(tree, f"recipe {name}"), target)
     return MadeRecipe(recipe, notes + more, chosen)
+
+
+def _prepared_dir(base: Recipe, sequence_length: int) -> str:
+    """Return the folder of the base recipe's data in windows of this length."""
+    folder = base.data.prepared_dir
+    if sequence_length == base.training.sequence_length:
+        return folder
+    return re.sub(r"-\d+$", "", folder) + f"-{sequence_length}"
+
+
+def _dividing_micro_batch(micro: int, windows_per_gpu: int, notes: list[str]) -> int:
+    """Return the largest micro-batch up to `micro` that divides the windows per step and GPU; adds a note of a change."""
+    dividing = max(m for m in range(1, min(windows_per_gpu, micro) + 1) if windows_per_gpu % m == 0)
+    if dividing != micro:
+        notes.append(
+            f"micro_batch_size: {micro} changed to {dividing}, which divides the {windows_per_gpu} windows per step and GPU"
+        )
+    return dividing
 
 
 def _by_law(
@@ -108,19 +118,22 @@ def _by_law(
     return choose(law, n, tokens, loss=loss, batch_unit=sequence_length * num_gpus * micro)
 
 
-def _optimizer(optimizer: dict[str, Any], chosen: Hyperparameters) -> dict[str, Any]:
-    """Return the recipe's optimizer section with the law's optimizer, learning rate and weight decay."""
+def _tuned_sections(optimizer: dict[str, Any], chosen: Hyperparameters) -> dict[str, Any]:
+    """Return the recipe's sections optimizer and schedule, with the law's optimizer, learning rate, weight decay and schedule."""
     kept = {key: value for key, value in optimizer.items() if key not in MUON_KEYS}
-    return kept | {
+    tuned = {
         "name": chosen.law.optimizer,
         "peak_learning_rate": chosen.rounded(chosen.peak_learning_rate.value),
         "weight_decay": chosen.rounded(chosen.weight_decay.value),
     }
+    final = {"final_learning_rate": chosen.rounded(chosen.schedule.final_learning_rate)}
+    return {"optimizer": kept | tuned, "schedule": chosen.schedule.model_dump(mode="json") | final}
 
 
-def _schedule(chosen: Hyperparameters) -> dict[str, Any]:
-    schedule = chosen.schedule.model_dump(mode="json")
-    return schedule | {"final_learning_rate": chosen.rounded(chosen.schedule.final_learning_rate)}
+def _by_family(base: Recipe, steps: int) -> dict[str, Any]:
+    """Return the family's schedule, with a warm-up of at most a tenth of the steps."""
+    warmup_steps = min(base.schedule.warmup_steps, int(WARMUP_SHARE * steps))
+    return {"schedule": base.schedule.model_dump(mode="json") | {"warmup_steps": warmup_steps}}
 
 
 def _windows_per_step(
