@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isoflop.config.recipe import Recipe
-from isoflop.plan.hyperparameters import DIGITS, Hyperparameters, choose, law_for
+from isoflop.plan.hyperparameters import Hyperparameters, choose, law_for
 from isoflop.scaling.laws import DEFAULT_LAW, FAR, Law, load_law, parameters_without_vocabulary
 from isoflop.utils.errors import UserError
 from isoflop.utils.tables import short
@@ -71,7 +71,7 @@ class HyperparameterComparison:
         if self.law is None:
             return f"learning rate and batch: not compared, {str(self.outside).split(':')[0]}"
         found = self.law
-        beyond = ", extrapolated" if found.digits < DIGITS else ""
+        beyond = ", extrapolated" if found.law.outside(found.parameters_without_vocabulary, found.tokens) else ""
         return (
             f"learning rate {self.peak_learning_rate:g}, batch {short(self.tokens_per_step)}, decay {self.weight_decay:g}; by"
             f" {found.law.name}{beyond}: {found.peak_learning_rate.value:.2g}, {short(found.tokens_per_step.value)},"
@@ -100,7 +100,7 @@ class HyperparameterComparison:
             "weight_decay": f"{self.weight_decay:g}",
         }
         estimate = f" ({interval[0]:.1g} to {interval[1]:.1g} nats, 90%)" if interval else ""
-        curvature = found.law.curvature
+        curvature, outside = found.law.curvature, found.law.outside(found.parameters_without_vocabulary, found.tokens)
         return [
             f"learning rate, batch and decay beside law {found.law.name}: {found.law.source}",
             *(
@@ -108,6 +108,7 @@ class HyperparameterComparison:
                 for (key, value), formula in zip(own.items(), found.formulas().values(), strict=True)
             ),
             f"  with the law's: {self.cost()}{estimate}",
+            *([f"  extrapolated: {'; '.join(outside)}"] if outside else []),
             *([f"  nats = {curvature.formula()}; compute share = 1 - exp(-nats / -dL/dlnC)"] if curvature else []),
         ]
 

@@ -193,6 +193,7 @@ def test_a_recipes_own_values_are_compared():
     longer = math.exp(-math.log(1 - found.compute_share) / 2)  # of N and of D
     assert float(law.loss(n, d) - law.loss(n * longer, d * longer)) == pytest.approx(found.nats, rel=0.05)
     assert found.summary().startswith("learning rate 0.0003, batch 524K, decay 0.1; by step_law, extrapolated: 0.0007")
+    assert "  extrapolated: N = 1.28e+09 parameters without vocabulary (fitted on 2.15e+08 to 1.07e+09)" in found.lines()
 
 
 def test_what_is_not_compared_says_why():
