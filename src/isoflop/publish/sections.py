@@ -122,7 +122,7 @@ def data(recipe: Recipe, prepared_dir: str, tokens: int) -> str:
 
 def laws(recipe: Recipe, summary: RunSummary) -> str:
     """Return the losses that laws predict for this run, the run's own law first, and the measured one."""
-    predictions = {name: load_law(name).predict(recipe.model, summary.tokens) for name in LAWS}
+    predictions = {name: load_law(name).predict(recipe.model, summary.tokens, recipe.optimizer.name) for name in LAWS}
     if own := own_law(summary):
         loss, why_not = summary.predicted_loss, summary.outside
         own_prediction = NoPrediction(why_not or "") if loss is None else Prediction(loss, summary.predicted_loss_interval)
@@ -146,7 +146,8 @@ def own_law(summary: RunSummary) -> str | None:
 
 def extrapolations(recipe: Recipe, tokens: int) -> list[str]:
     """Return the laws whose prediction of this run is an extrapolation, and how far."""
-    known = [law for law in map(load_law, LAWS) if isinstance(law.predict(recipe.model, tokens), Prediction)]
+    optimizer = recipe.optimizer.name
+    known = [law for law in map(load_law, LAWS) if isinstance(law.predict(recipe.model, tokens, optimizer), Prediction)]
     found = {law.name: law.extrapolates(law.model_size(recipe.model), tokens) for law in known}
     return [f"{name}: {'; '.join(beyond)}" for name, beyond in found.items() if beyond]
 

@@ -56,12 +56,6 @@ def measured_runs(paths: list[str], hyperparameters: bool = False) -> Measured:
             f" needs {FEWEST_POINTS} or more; train more, e.g. by `isoflop sweep`"
             + ("; or fit the learning rates and batches alone by --hyperparameters" if notes else "")
         )
-    warnings += [
-        f"{one.run.name} saw {one.tokens:,.0f} tokens of {one.unique_tokens:,.0f} ({one.tokens / one.unique_tokens:.2f} epochs):"
-        " repeated tokens are worth less than fresh ones"
-        for one in finished
-        if one.unique_tokens and one.tokens > one.unique_tokens
-    ]
     layers = [cost.shape_of(one.run.recipe.model).num_layers for one in best]
     recipe = finished[0].run.recipe
     return Measured(
@@ -69,13 +63,23 @@ def measured_runs(paths: list[str], hyperparameters: bool = False) -> Measured:
         curves=[_curve(one.run) for one in best],
         origin=_origin(finished),
         notes=notes,
-        warnings=warnings,
+        warnings=warnings + _repetitions(finished),
         progress=loss_decay(best),
         layers=(min(layers), max(layers)),
         optimizer=recipe.optimizer.name,
         parametrization=recipe.parametrization.name,
         tuned=tuned,
     )
+
+
+def _repetitions(finished: list[Finished]) -> list[str]:
+    """Return a warning for each run that repeats its text."""
+    return [
+        f"{one.run.name} saw {one.tokens:,.0f} tokens of {one.unique_tokens:,.0f} ({one.tokens / one.unique_tokens:.2f} epochs):"
+        " repeated tokens are worth less than fresh ones"
+        for one in finished
+        if one.unique_tokens and one.tokens > one.unique_tokens
+    ]
 
 
 def _least(finished: list[Finished]) -> tuple[list[Finished], TunedPoints | str]:

@@ -8,14 +8,18 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from isoflop.config.loading import load_recipe, to_yaml
 from isoflop.config.shipped import find
 from isoflop.data.manifest import Manifest
 from isoflop.prepare.run import prepare
 from isoflop.scaling.fit import fit_command
 from isoflop.scaling.laws import load_law
+from isoflop.scaling.measured import FEWEST_POINTS
 from isoflop.scaling.options import FitOptions
 from isoflop.scaling.result import require_own_law
+from isoflop.scaling.tuned import same_size
 from isoflop.sweep.config import SweepConfig, load_sweep_config
 from isoflop.sweep.design import Group, groups_of, target_of
 from isoflop.sweep.runner import Runner, recipe_file, slots_of
@@ -68,7 +72,14 @@ def sweep_command(options: SweepOptions) -> int:
     if any(state_of(run).what != "finished" for group in groups for run in group):
         print("other processes train the rest; the same command fits the law when all are finished")
         return 0 if options.only is not None else EXIT_RESUME
-    return fit_command(FitOptions((sweep.output_dir,), out=law_file(sweep)))
+    return fit_command(FitOptions((sweep.output_dir,), out=law_file(sweep), hyperparameters=fits_alone(groups, sweep)))
+
+
+def fits_alone(groups: list[Group], sweep: SweepConfig) -> bool:
+    """Return whether only laws of learning rate and batch are fitted: where the sizes and budgets are too few for the loss."""
+    runs = [run for group in groups for run in group]
+    parameters, tokens = (np.array(values, dtype=float) for values in ([r.parameters for r in runs], [r.tokens for r in runs]))
+    return sweep.has_axes and len(same_size(parameters, tokens)) < FEWEST_POINTS
 
 
 def law_file(sweep: SweepConfig) -> str:
@@ -86,7 +97,7 @@ def write_target(sweep: SweepConfig, flops: float) -> int:
     write_new(file, to_yaml(run.recipe, exclude_none=True), f"--target {flops:g}: {file}")
     print(
         f"{file}: {run.parameters:,} parameters, {run.tokens:,} tokens in {run.steps:,} steps, {run.flops:.4g} FLOPs\n"
-        f"{law.describe(run.recipe.model, run.tokens)}\n"
+        f"{law.describe(run.recipe.model, run.tokens, run.recipe.optimizer.name)}\n"
         f"train it: isoflop pretrain {file}"
     )
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag, ValidationError, model_validator
 
 from isoflop.config.loading import MOST_YAML_BYTES, list_errors, load_recipe, parse_yaml
 from isoflop.config.recipe import Recipe
@@ -33,6 +33,16 @@ class Rule(Section):
     def at(self, flops: float) -> float:
         """Return the rule's value at a budget."""
         return float(self.coefficient * flops**self.exponent)
+
+
+def _rule_or_values(given: Any) -> str:
+    return "values" if isinstance(given, list) else "rule"
+
+
+# A list is an axis of the sweep: every budget and size is trained with each of its values.
+RuleOrRates = Annotated[Annotated[Rule, Tag("rule")] | Annotated[Positives, Tag("values")], Discriminator(_rule_or_values)]
+Batches = Annotated[list[PositiveInt], Field(min_length=1, max_length=1000)]
+RuleOrBatches = Annotated[Annotated[Rule, Tag("rule")] | Annotated[Batches, Tag("values")], Discriminator(_rule_or_values)]
 
 
 class SizeGrid(Section):
@@ -60,10 +70,11 @@ class SweepConfig(ConfigFile):
     """Width / layers of all sizes."""
     num_layers: PositiveInt | None = None
     """Or the depth of all sizes, which then differ only in width: with few layers one more is a jump that no power law fits."""
-    peak_learning_rate: Rule | None = None
-    """Default: the recipe's peak for all runs."""
-    tokens_per_step: Rule | None = None
-    """Rounded to a multiple of 8 windows, in micro-batches no larger than the recipe's. Default: the recipe's."""
+    peak_learning_rate: RuleOrRates | None = None
+    """A rule, or a list of values: every budget and size is trained with each. Default: the recipe's peak for all runs."""
+    tokens_per_step: RuleOrBatches | None = None
+    """A rule, rounded to a multiple of 8 windows, or a list of values; in micro-batches no larger than the recipe's. Default: the
+    recipe's."""
     warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Share of a run's steps."""
     final_learning_rate_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
@@ -84,9 +95,28 @@ class SweepConfig(ConfigFile):
         require_one_of(self, "aspect_ratio", "num_layers")
         if self.sizes and not self.budgets:
             raise ValueError("sizes around a budget's centre need budgets; with tokens_per_parameter name parameters")
+        for name in ("peak_learning_rate", "tokens_per_step"):
+            values = getattr(self, name)
+            if isinstance(values, list) and len(set(values)) < len(values):
+                raise ValueError(f"{name} = {values} has a value twice; give each once")
         if self.branch and not self.parameters:
             raise ValueError("branch: true trains each size once, so that sizes are the same for all budgets: name parameters")
         return self
+
+    @property
+    def learning_rates(self) -> list[float | None]:
+        """The axis of peak learning rates; None alone where a rule or the recipe gives them."""
+        return [*self.peak_learning_rate] if isinstance(self.peak_learning_rate, list) else [None]
+
+    @property
+    def batches(self) -> list[int | None]:
+        """The axis of tokens per step; None alone where a rule or the recipe gives them."""
+        return [*self.tokens_per_step] if isinstance(self.tokens_per_step, list) else [None]
+
+    @property
+    def has_axes(self) -> bool:
+        """Whether learning rate or batch is an axis."""
+        return [*self.learning_rates, *self.batches] != [None, None]
 
     def base(self) -> Recipe:
         """Return the recipe that all runs share. Raises `UserError` where it is refused, or its schedule cannot branch."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from isoflop.config.loading import validate_recipe
 from isoflop.config.recipe import LARGEST_TRIED, Model, Recipe
 from isoflop.plan import cost
 from isoflop.plan.families import Family, family_of
-from isoflop.scaling.laws import Law
-from isoflop.sweep.config import SweepConfig
+from isoflop.scaling.laws import Law, parameters_without_vocabulary
+from isoflop.sweep.config import Rule, SweepConfig
 from isoflop.utils.errors import UserError
 
 FEWEST_STEPS = 50  # assumption: with fewer, warm-up and decay leave nothing to measure
@@ -47,6 +47,19 @@ class Run:
         return self.steps - max(1, round(self.recipe.schedule.decay_fraction * self.steps))
 
 
+class Point(NamedTuple):
+    """A place on the axes of learning rate and batch; None where there is no axis, and a rule or the recipe gives the value."""
+
+    peak_learning_rate: float | None = None
+    tokens_per_step: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its part of a run's name."""
+        rate, batch = self
+        return (f"_lr{rate:g}" if rate else "") + (f"_b{batch}" if batch else "")
+
+
 Group = list[Run]
 """Runs that are trained one after another: those of one size that branch from each other, or a single one."""
 
@@ -59,17 +72,24 @@ def groups_of(sweep: SweepConfig) -> list[Group]:
     base = sweep.base()
     family = family_of(base, sweep.recipe)
     seeds = sweep.seeds or [base.seed]
+    points = [Point(rate, batch) for rate in sweep.learning_rates for batch in sweep.batches]
     wanted = sweep.budgets or sweep.tokens_per_parameter or []
     cells = [(model, _flops(sweep, model, budget, base)) for budget in wanted for model in _models(sweep, family, budget)]
     cells.sort(key=lambda cell: (cell[1], cost.parameters(cell[0])))
     if not sweep.branch:
-        return _require_distinct(
-            [[_run(sweep, base, model, flops, [flops], seed)] for model, flops in cells for seed in seeds], sweep
-        )
+        alone = [
+            [_run(sweep, base, model, flops, [flops], seed, point)]
+            for model, flops in cells
+            for point in points
+            for seed in seeds
+        ]
+        return _require_distinct(alone, sweep)
     groups = []
     for model in dict.fromkeys(model for model, _ in cells):
         budgets = sorted((flops for shape, flops in cells if shape == model), reverse=True)
-        groups += [[_run(sweep, base, model, flops, budgets, seed) for flops in budgets] for seed in seeds]
+        groups += [
+            [_run(sweep, base, model, flops, budgets, seed, point) for flops in budgets] for point in points for seed in seeds
+        ]
     groups = [_with_branch_points(group) for group in groups]
     return _require_distinct(groups, sweep)
 
@@ -77,14 +97,39 @@ def groups_of(sweep: SweepConfig) -> list[Group]:
 def target_of(sweep: SweepConfig, law: Law, flops: float) -> Run:
     """Return a run beyond the sweep, by its rules: the law's best N for a budget, in its own folder, predicted by the law.
 
-    Raises `UserError` where the budget is too small.
+    A learning rate or batch that was an axis is the best one by the law file. Raises `UserError` where the budget is too small,
+    or the file has no law of them.
     """
     base = sweep.base()
     model = _nearest(sweep, family_of(base, sweep.recipe), law.optimum(flops)[0])
-    run = _run(sweep, base, model, flops, [flops], base.seed)
+    point = _best_point(sweep, law, model, flops, base.training.sequence_length) if sweep.has_axes else Point()
+    run = _run(sweep, base, model, flops, [flops], base.seed, point)
     name = f"{sweep.output_dir}_{run.name}"
     output = run.recipe.output.model_copy(update={"run_dir": name})
     return Run(name, run.recipe.model_copy(update={"output": output, "law": law.name}), run.steps)
+
+
+def _best_point(sweep: SweepConfig, law: Law, model: Model, flops: float, sequence_length: int) -> Point:
+    """Return the best learning rate and batch by a law file, on the axes of the sweep; the batch in multiples of 8 windows."""
+    best = law.hyperparameters
+    if best is None:
+        raise UserError(
+            f"law {law.name} has no law of learning rate and batch, which the sweep has as axes; add sizes and values until"
+            " `isoflop fit` finds one, or give peak_learning_rate and tokens_per_step as rules"
+        )
+    n, d = parameters_without_vocabulary(model), flops / cost.flops_per_token(model, sequence_length)
+    rate, batch = best.peak_learning_rate.at(n, d).value, best.tokens_per_step.at(n, d).value
+    if sweep.batches == [None]:
+        return Point(rate, None)
+    rounded = _by_windows(batch, sequence_length)
+    follows = (rounded / batch) ** best.batch_exponent
+    return Point(None if sweep.learning_rates == [None] else rate * follows, rounded)
+
+
+def _by_windows(tokens: float, sequence_length: int) -> int:
+    """Return the multiple of `WINDOWS` windows that is nearest to a batch."""
+    unit = sequence_length * WINDOWS
+    return unit * max(1, round(tokens / unit))
 
 
 def _flops(sweep: SweepConfig, model: Model, budget: float, base: Recipe) -> float:
@@ -132,13 +177,29 @@ def _nearest(sweep: SweepConfig, family: Family, parameters: float) -> Model:
     return min(_shapes(sweep, family), key=distance)
 
 
-def _run(sweep: SweepConfig, base: Recipe, model: Model, flops: float, group: list[float], seed: int) -> Run:
+def _rate_and_batch(sweep: SweepConfig, base: Recipe, flops: float, point: Point) -> tuple[float, int]:
+    """Return peak learning rate and tokens per step: those of the point, else by the rules at a budget, else the recipe's."""
+    rate, batch = point
+    sequence_length = base.training.sequence_length
+    if rate is None:
+        rule = sweep.peak_learning_rate
+        rate = rule.at(flops) if isinstance(rule, Rule) else base.optimizer.peak_learning_rate
+    if batch is None:
+        by = sweep.tokens_per_step
+        batch = _by_windows(by.at(flops), sequence_length) if isinstance(by, Rule) else base.training.tokens_per_step
+    if batch % sequence_length:
+        below = batch // sequence_length * sequence_length
+        near = [str(tokens) for tokens in (below, below + sequence_length) if tokens]
+        raise UserError(
+            f"tokens_per_step = {batch} is not a multiple of the sequence length {sequence_length}; nearest: {' and '.join(near)}"
+        )
+    return rate, batch
+
+
+def _run(sweep: SweepConfig, base: Recipe, model: Model, flops: float, group: list[float], seed: int, point: Point) -> Run:
     """Return one run. Learning rate and batch follow from its group's largest budget by the rules, warm-up from the smallest."""
-    rule_flops = max(group)
-    sequence_length, tokens_per_step = base.training.sequence_length, base.training.tokens_per_step
-    if sweep.tokens_per_step:
-        unit = sequence_length * WINDOWS
-        tokens_per_step = unit * max(1, round(sweep.tokens_per_step.at(rule_flops) / unit))
+    sequence_length = base.training.sequence_length
+    peak, tokens_per_step = _rate_and_batch(sweep, base, max(group), point)
     windows = tokens_per_step // sequence_length
     largest = min(base.training.micro_batch_size, windows, LARGEST_TRIED)
     micro_batch_size = max(m for m in range(1, largest + 1) if windows % m == 0)
@@ -149,8 +210,8 @@ def _run(sweep: SweepConfig, base: Recipe, model: Model, flops: float, group: li
             f"{flops:.3g} FLOPs are {steps} steps of {tokens_per_step:,} tokens for {parameters:,} parameters, and under"
             f" {FEWEST_STEPS} nothing can be measured; raise the budget, or lower sizes or tokens_per_step"
         )
-    peak = sweep.peak_learning_rate.at(rule_flops) if sweep.peak_learning_rate else base.optimizer.peak_learning_rate
-    name = f"c{flops:.2e}_n{parameters}" + (f"_s{seed}" if sweep.seeds else "")
+    in_axes = point.name if sweep.has_axes else ""
+    name = f"c{flops:.2e}_n{parameters}{in_axes}" + (f"_s{seed}" if sweep.seeds else "")
     tree: dict[str, Any] = base.model_dump(mode="json", exclude_none=True)
     tree["model"] = model.model_dump(mode="json", exclude_none=True)
     tree["training"] = {

@@ -1,5 +1,6 @@
 """The runs of a sweep: shapes, steps, rates, batches and names."""
 
+import itertools
 import math
 
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from isoflop.plan import cost
+from isoflop.scaling.hyperparameters import HyperparameterLaw, PowerOfSize
+from isoflop.scaling.laws import load_law
 from isoflop.sweep.config import SweepConfig, load_sweep_config
-from isoflop.sweep.design import groups_of
+from isoflop.sweep.design import groups_of, target_of
 from isoflop.utils.errors import UserError
 
 
@@ -120,7 +123,74 @@ def test_branches_share_everything_up_to_their_cooldown(suite):
     assert len(rates) == 1
 
 
+def test_learning_rates_and_batches_as_axes(suite):
+    axes = {"peak_learning_rate": [1e-3, 4e-3], "tokens_per_step": [128, 256, 320]}
+    runs = runs_of(suite(**axes))
+    assert len(runs) == len({run.name for run in runs}) == 6 * 2 * 3
+    assert [run.name for run in runs[:3]] == [f"c5.05e+09_n19552_lr0.001_b{batch}" for batch in (128, 256, 320)]
+    by_cell = {}
+    for run in runs:
+        by_cell.setdefault(run.name.split("_lr")[0], []).append(run)
+        recipe = run.recipe
+        rate, batch = recipe.optimizer.peak_learning_rate, recipe.training.tokens_per_step
+        assert run.name.endswith(f"_lr{rate:g}_b{batch}")
+        assert recipe.output.run_dir == f"runs/s/{run.name}"
+        assert recipe.schedule.final_learning_rate == pytest.approx(0.1 * rate)
+        assert recipe.training.micro_batch_size == {128: 4, 256: 4, 320: 2}[batch]  # 10 windows in micro-batches of at most 4
+    for cell in by_cell.values():
+        assert {(r.recipe.optimizer.peak_learning_rate, r.recipe.training.tokens_per_step) for r in cell} == set(
+            itertools.product(*axes.values())
+        )
+        assert len({run.parameters for run in cell}) == 1
+        assert max(run.tokens for run in cell) / min(run.tokens for run in cell) < 1.01  # so that `fit` takes them for one D
+
+
+def test_one_axis_beside_a_rule(suite):
+    rule = {"coefficient": 1e-2, "exponent": 0.5}
+    changes = {"budgets": [1e11, 4e11], "tokens_per_parameter": None, "peak_learning_rate": [1e-3, 2e-3], "tokens_per_step": rule}
+    runs = runs_of(suite(**changes))
+    assert [run.name[-8:] for run in runs[:2]] == ["_lr0.001", "_lr0.002"]
+    assert {run.recipe.training.tokens_per_step for run in runs[:6]} == {256 * round(1e-2 * 1e11**0.5 / 256)}
+    runs = runs_of(suite(tokens_per_step=[128, 256], seeds=[1, 2]))
+    assert [run.name.split("_", 2)[2] for run in runs[:4]] == ["b128_s1", "b128_s2", "b256_s1", "b256_s2"]
+    assert {run.recipe.optimizer.peak_learning_rate for run in runs} == {3e-3}
+
+
+def test_each_rate_and_batch_has_a_trunk_of_its_own(suite):
+    """Runs share a prefix with a longer one of the same size, learning rate and batch alone."""
+    axes = {"peak_learning_rate": [1e-3, 4e-3], "tokens_per_step": [128, 256]}
+    groups = groups_of(suite(branch=True, overrides={"schedule.name": "wsd"}, **axes))
+    assert len(groups) == 3 * 4
+    for trunk, short in groups:
+        assert trunk.steps > short.steps
+        assert trunk.recipe.output.checkpoint_at == [short.branch_step]
+        for section, key in (("optimizer", "peak_learning_rate"), ("training", "tokens_per_step"), ("schedule", "warmup_steps")):
+            assert getattr(getattr(trunk.recipe, section), key) == getattr(getattr(short.recipe, section), key)
+        assert trunk.recipe.model == short.recipe.model
+    assert len({(t.recipe.model.hidden_size, t.name.split("_lr")[1]) for t, _ in groups}) == 12
+
+
+def test_a_target_takes_rate_and_batch_from_the_law(suite, tmp_path):
+    def power(value):
+        return PowerOfSize(log_coefficient=math.log(value))
+
+    best = HyperparameterLaw(source="", optimizer="adamw", peak_learning_rate=power(2e-3), tokens_per_step=power(300.0))
+    law = load_law("hoffmann").model_copy(update={"hyperparameters": best})
+    axes = {"peak_learning_rate": [1e-3, 4e-3], "tokens_per_step": [128, 256]}
+    recipe = target_of(suite(**axes), law, 1e12).recipe
+    assert recipe.training.tokens_per_step == 256  # the nearest multiple of 8 windows of 32
+    assert recipe.optimizer.peak_learning_rate == float(f"{2e-3 * (256 / 300) ** 0.5:.6g}")  # the square-root rule for the rest
+    recipe = target_of(suite(peak_learning_rate=[1e-3, 4e-3]), law, 1e12).recipe
+    assert (recipe.training.tokens_per_step, recipe.optimizer.peak_learning_rate) == (256, 2e-3)
+    recipe = target_of(suite(tokens_per_step=[128, 256]), law, 1e12).recipe
+    assert (recipe.training.tokens_per_step, recipe.optimizer.peak_learning_rate) == (256, 3e-3)
+    with pytest.raises(UserError, match="law hoffmann has no law of learning rate and batch, which the sweep has as axes"):
+        target_of(suite(**axes), load_law("hoffmann"), 1e12)
+
+
 def test_what_cannot_be_is_refused(suite):
+    with pytest.raises(UserError, match="tokens_per_step = 100 is not a multiple of the sequence length 32; nearest: 96 and 128"):
+        groups_of(suite(tokens_per_step=[100, 256]))
     with pytest.raises(UserError, match=r"fall on .* shapes \(c.* twice\): sizes are closer than the shapes"):
         groups_of(suite(parameters=[2e4, 2.001e4]))
     with pytest.raises(UserError, match="FLOPs are 15 steps of 256 tokens for 19,552 parameters, and under 50"):

@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT, metrics_of_folder, metrics_row, run_command, summary_with
 
 from isoflop.config.loading import load_recipe, to_yaml
+from isoflop.scaling.laws import load_hyperparameters
 from isoflop.sweep.command import SweepOptions, sweep_command
 from isoflop.sweep.config import load_sweep_config
 from isoflop.sweep.design import groups_of
@@ -121,6 +122,28 @@ def test_a_finished_sweep_is_fitted_and_its_law_scores_a_larger_run(finished, tm
     assert summary["predicted_loss"] is summary["prediction_error"] is None  # of so few steps the law says nothing
     assert re.fullmatch(r"it gives \d\.\d\d nats, more than guessing: ln\(vocabulary\) = 5\.77", summary["outside"])
     assert f"law {law}: no prediction: it gives " in capsys.readouterr().out
+
+
+def test_learning_rates_are_swept_and_fitted(write_sweep, tmp_path, capsys, run_in_process):
+    """Two sizes, two lengths and three learning rates, trained; the least of the losses lies between the rates."""
+    rates = [1e-4, 5e-3, 0.25]
+    path = write_sweep(tokens_per_parameter=[0.7, 1.2], parameters=[2e4, 4.6e4], peak_learning_rate=rates, validations=2)
+    runs = [group[0] for group in groups_of(load_sweep_config(path))]
+    assert len(runs) == 12
+    for run in runs:
+        assert run_in_process(run.recipe) == 0
+    capsys.readouterr()
+    assert sweep_command(SweepOptions(path)) == 0
+    out = capsys.readouterr().out
+    assert "12 of 12 runs finished" in out
+    assert "Learning rate and batch of adamw from 4 grids of runs" in out
+    assert "exponent of N is 0: the grids have 2 distinct N, and an exponent needs 3" in out
+    law = load_hyperparameters(tmp_path / "sweep/law.json")
+    assert law.tokens_per_step.at(1e4, 4e4).value == pytest.approx(256)
+    for run in runs:
+        assert rates[0] < law.peak_learning_rate.at(1e4, run.tokens).value < rates[2]
+    with pytest.raises(UserError, match="of learning rate and batch, and none of the loss"):
+        sweep_command(SweepOptions(path, target=1e12))
 
 
 def test_numbers_of_what_is_left(finished, tmp_path, capsys):

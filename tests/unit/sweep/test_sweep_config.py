@@ -40,6 +40,12 @@ def test_defaults_and_rules(tmp_path):
         ({"seeds": [-1]}, "seeds.0"),
         ({"num_layers": 3}, "aspect_ratio"),
         ({"aspect_ratio": None}, "num_layers"),
+        ({"peak_learning_rate": []}, "peak_learning_rate"),
+        ({"peak_learning_rate": [1e-3, -1e-3]}, "peak_learning_rate.values.1"),
+        ({"peak_learning_rate": [1e-3, 1e-3]}, "peak_learning_rate = [0.001, 0.001] has a value twice"),
+        ({"peak_learning_rate": {"coefficient": 1.0}}, "peak_learning_rate.rule.exponent"),
+        ({"peak_learning_rate": 1e-3}, "peak_learning_rate.rule = 0.001: must be a mapping"),
+        ({"tokens_per_step": [256, 512.5]}, "tokens_per_step.values.1"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, changes, message):
