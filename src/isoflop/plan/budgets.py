@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from isoflop.config.loading import load_recipe
 from isoflop.plan import cost, hardware
 from isoflop.plan.families import ASPECT_RATIO, Family
 from isoflop.plan.gpus import GpuOptions, GpuSpec, check_bounds
@@ -249,7 +250,8 @@ def _search_and_plan(
 ) -> BudgetPlan:
     flops: float | FlopsOf = budget.flops if isinstance(budget, GpuHours) else budget
     ranked = search(family, flops, law, constraint)
-    outside = law.outside(law.model_size(ranked[0].model), ranked[0].tokens, ranked[0].model.vocab_size)
+    optimizer = tuning.optimizer or load_recipe(family.recipe).optimizer.name
+    outside = law.outside(law.model_size(ranked[0].model), ranked[0].tokens, ranked[0].model.vocab_size, optimizer)
     if outside:
         ranked = by_rule_of_thumb(search(family, flops, load_law(DEFAULT_LAW), constraint))  # of any depth
     best, ties = ranked[0], ranked[:1] if outside else near_optimal(ranked)
@@ -265,9 +267,9 @@ def _search_and_plan(
         chosen_by=RULE_OF_THUMB if outside else f"the loss that law {law.name} predicts",
         constraint=constraint,
         num_shapes=len(ranked),
-        near_optimal=tuple(_ranked(candidate, family, law) for candidate in ties),
-        near_20_tokens_per_parameter=tuple(_ranked(candidate, family, law) for candidate in near_20n),
-        best_by_law={name: _ranked(found[0], family, load_law(name)) for name, found in by_law.items() if found},
+        near_optimal=tuple(_ranked(candidate, family, law, optimizer) for candidate in ties),
+        near_20_tokens_per_parameter=tuple(_ranked(candidate, family, law, optimizer) for candidate in near_20n),
+        best_by_law={name: _ranked(found[0], family, load_law(name), optimizer) for name, found in by_law.items() if found},
         gpus=tuple(gpu_cost(spec, spec.hours(best.flops, best.parameters), best.parameters, price) for spec in options.specs()),
         price_per_gpu_hour=price,
         search_warnings=tuple(_warnings(best, ties, family)),
@@ -283,9 +285,9 @@ def _search_if_any(family: Family, flops: float | FlopsOf, law: Law, constraint:
         return []
 
 
-def _ranked(candidate: Candidate, family: Family, law: Law) -> RankedShape:
+def _ranked(candidate: Candidate, family: Family, law: Law, optimizer: str) -> RankedShape:
     flops_per_token = cost.flops_per_token(candidate.model, family.sequence_length)
-    return RankedShape(candidate, flops_per_token, **prediction_json(law.predict(candidate.model, candidate.tokens)))
+    return RankedShape(candidate, flops_per_token, **prediction_json(law.predict(candidate.model, candidate.tokens, optimizer)))
 
 
 def _warnings(best: Candidate, ties: list[Candidate], family: Family) -> list[str]:

@@ -188,7 +188,7 @@ def repeated_data(recipe: Recipe, tokens: int, law: Law) -> RepeatedData | None:
         return None
     effective = float(effective_tokens(tokens, unique))
     n, vocab_size = law.model_size(recipe.model), recipe.model.vocab_size
-    known = law.outside(n, tokens, vocab_size) is None and law.outside(n, effective, vocab_size) is None
+    known = all(law.outside(n, count, vocab_size, recipe.optimizer.name) is None for count in (tokens, effective))
     return RepeatedData(unique, source, tokens / unique, effective, float(law.loss(n, effective)) if known else None)
 
 

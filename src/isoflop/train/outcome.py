@@ -139,7 +139,8 @@ def forecast(job: Job, log: MetricsLog, row: Row) -> dict[str, float]:
     """Return, from mid-run on, the forecast of the final validation loss from this one, for the metrics."""
     progress, recipe = row["step"] / job.num_steps, job.recipe
     tokens = job.num_steps * recipe.training.tokens_per_step
-    ahead = job.law.forecast(row["val_loss"], progress, recipe.schedule.name, recipe.model, tokens) if job.law else None
+    schedule, optimizer = recipe.schedule.name, recipe.optimizer.name
+    ahead = job.law.forecast(row["val_loss"], progress, schedule, recipe.model, tokens, optimizer) if job.law else None
     if ahead is None or ahead.interval is None:
         return {}
     log.say(f"step {row['step']}: forecast of the final validation loss: {ahead}")

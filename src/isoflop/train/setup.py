@@ -157,7 +157,7 @@ class Job:
     def predicted(self) -> Prediction | NoPrediction | None:
         """Return the final validation loss that the recipe's law predicts, or why it predicts none; None without a law."""
         tokens = self.num_steps * self.recipe.training.tokens_per_step
-        return None if self.law is None else self.law.predict(self.recipe.model, tokens)
+        return None if self.law is None else self.law.predict(self.recipe.model, tokens, self.recipe.optimizer.name)
 
     def mfu(self, tokens_per_s: float) -> float | None:
         """Return the share of the datasheet FLOP/s of all devices that a speed uses; None where the hardware is not known."""
@@ -309,7 +309,8 @@ def notes(job: Job) -> list[str]:
     elif job.accelerator.mixed_precision == "no" and lacks_bf16() is None:
         found.append("note: fp32 matrix products on a GPU that has bf16; a launch config such as 1gpu trains in bf16")
     if job.law:
-        found.append(f"law: {job.law.describe(recipe.model, job.num_steps * recipe.training.tokens_per_step)}")
+        tokens = job.num_steps * recipe.training.tokens_per_step
+        found.append(f"law: {job.law.describe(recipe.model, tokens, recipe.optimizer.name)}")
     if cost.checkpoint_bytes(recipe.model, recipe.optimizer) / SAVE_BYTES_PER_S > grace_s():
         found.append(
             f"note: {grace_s():.0f} s after a signal this launcher ends its processes, and a checkpoint may take longer; set"

@@ -55,6 +55,18 @@ def test_the_summary_has_what_was_predicted(law, toy_recipe, run_in_process, cap
     assert (Path(recipe.output.run_dir) / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_law_of_another_optimizer_predicts_nothing(law, toy_recipe, run_in_process, capsys):
+    Path(law).write_text(json.dumps(json.loads(Path(law).read_text()) | {"optimizer": "muon"}))
+    recipe = toy_recipe(evaluation__validate_every=1).model_copy(update={"law": law})
+    assert run_in_process(recipe) == 0
+    reported = capsys.readouterr()
+    why = "its runs were trained with muon, and this one's optimizer.name is adamw"
+    assert f"law: {law}: no prediction: {why}" in reported.out + reported.err
+    summary = json.loads((Path(recipe.output.run_dir) / "summary.json").read_text())
+    assert (summary["predicted_loss"], summary["outside"]) == (None, why)
+    assert not [row for row in metrics_of(recipe) if row.get("forecast_loss")]
+
+
 def test_a_law_changes_nothing_that_is_learnt(law, toy_recipe, run_in_process, uninterrupted):
     recipe = toy_recipe().model_copy(update={"law": law})
     assert run_in_process(recipe) == 0
