@@ -15,7 +15,7 @@ Initial values, learning rates and decays are the papers'. Epsilons follow the s
 the same fraction of it at every size. The gradient with respect to the residual stream is 1/m, since the logits carry 1/m; so is
 that of embeddings and of the last norm. A branch adds its 1/d. Its inner activations have the gradient 1/(md) too: each sums
 m times as many terms of random sign, each smaller by 1/sqrt(m). A norm of queries or keys is shared by all heads, whose number
-grows as m, so that its gradient is 1/d. The head's is 1/m times an activation of constant size.
+grows as m, so that its gradient is up to 1/d. The head's is 1/m times an activation of constant size.
 
 Stock models have neither multiplier. Adam's update does not see the gradient's scale, so a multiplier c on a weight's output is
 the same function, and the same training, as no multiplier with (initial value c, learning rate c, epsilon 1/c, decay 1/c): the

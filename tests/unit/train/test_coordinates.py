@@ -106,3 +106,36 @@ def test_sizes_do_not_depend_on_depth(case):
     stream, change, _ = slopes(case, "standard", shapes)
     assert stream > 0.15
     assert change > 0.15
+
+
+def gradients_by_epsilon(recipe, steps):
+    """Logarithm of the gradients' root mean square by epsilon, the mean over the parameters of each class."""
+    model = build_model(build_config(recipe.model.model_dump(exclude={"depth_scaled_init"}), 0, 0), True, seed=0)
+    scales = parameter_scales(model, recipe)
+    scale_initial_values(model, scales)
+    optimizer = build_optimizer(model, recipe.optimizer, torch.device("cpu"), scales)
+    ids = torch.randint(0, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
+    for step in range(steps + 1):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        if step < steps:
+            optimizer.step()
+    classes = {}
+    for name, parameter in model.named_parameters():
+        layer = any(part in name for part in (".layers.", ".h."))
+        kind = "head norm" if "q_norm.weight" in name or "k_norm.weight" in name else f"{parameter.dim()}d {layer}"
+        if "q_norm.bias" not in name and "k_norm.bias" not in name:  # their heads' gradients have random signs: 1 / sqrt(m) less
+            classes.setdefault(kind, []).append(parameter.grad.square().mean().log().item() / 2 - math.log(scales[name].epsilon))
+    return {kind: float(np.mean(values)) for kind, values in classes.items()}
+
+
+@pytest.mark.parametrize(("case", "steps"), [("llama", 0), ("gpt2", 0), ("hybrid", 0), ("hybrid", 3)])
+def test_epsilon_is_the_same_share_of_the_gradient_at_every_size(case, steps):
+    for shapes in ([(width, DEPTHS[0]) for width in WIDTHS[:-1]], [(2 * WIDTHS[0], layers) for layers in DEPTHS]):
+        found = [gradients_by_epsilon(recipe_of(case, "completep", width, layers), steps) for width, layers in shapes]
+        grown = [math.log(width * layers) for width, layers in shapes]
+        slopes_of = {kind: float(np.polyfit(grown, [each[kind] for each in found], 1)[0]) for kind in found[0]}
+        if steps == 0:  # at the start the heads' gradients have random signs, afterwards they agree
+            slopes_of.pop("head norm", None)
+        assert len(slopes_of) >= 4
+        assert slopes_of == pytest.approx(dict.fromkeys(slopes_of, 0), abs=0.12)
