@@ -8,9 +8,10 @@ with a level for each grid, and the curvature H and the exponents M shared by al
 the levels, so one least-squares solution gives everything: M = H^-1 G. Points far above a grid's least loss are left out, since
 losses rise faster towards high learning rates than towards low ones.
 
-On the 13 grids of Step Law (arXiv:2503.04715, 1,443 runs), laws fitted to 9 grids miss the least loss of the other 4 by 0.0013
-nats on average over all 715 choices of 9, at the nearest run. Power laws through the minima of a quadratic per grid miss it by
-0.0014, and by 0.0020 where the batch depends on D alone; but a grid of few runs has no quadratic of its own.
+On the 13 grids of Step Law (arXiv:2503.04715, 1,443 runs), laws fitted to 9 grids miss the least loss of the other 4 by 0.0012
+nats on average over all 715 choices of 9, at the nearest run; by 0.0019 from every second learning rate and batch, by 0.0040 from
+every third. Power laws through the minima of a quadratic per grid miss it by 0.0014, and by 0.0020 where the batch depends on D
+alone; but a grid of few runs has no quadratic of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from isoflop.utils.errors import UserError
 
 AXES = ("learning rate", "batch")
 NEAR = 0.015  # nats above a grid's least loss; of 0.01, 0.015 and 0.02 the first two predict Step Law's grids best
-FEWEST_NEAR = {1: 4, 2: 12}  # points of a grid that are always used, by its axes; a quadratic has 3 and 6 coefficients
+FEWEST_NEAR = {1: 3, 2: 6}  # points of a grid that are used at least, by its axes: as many as a quadratic has coefficients
 FEWEST_VALUES = 3  # of an axis: a minimum has values on both sides
 FEWEST_SIZES = 3  # distinct N, or D, for an exponent: two points determine a power without testing it
 TOGETHER = 0.98  # correlation of ln N and ln D from which their exponents cannot be told apart
@@ -50,9 +51,9 @@ class Grid(NamedTuple):
         """Index of the least loss."""
         return int(np.argmin(self.loss))
 
-    def near(self, axes: int) -> Grid:
-        """Return the points near the least loss."""
-        count = max(FEWEST_NEAR[axes], int((self.loss <= self.loss.min() + NEAR).sum()))
+    def near(self, fewest: int) -> Grid:
+        """Return the points near the least loss, `fewest` or more."""
+        count = max(fewest, int((self.loss <= self.loss.min() + NEAR).sum()))
         chosen = np.argsort(self.loss, kind="stable")[:count]
         return self._replace(logs=self.logs[chosen], loss=self.loss[chosen])
 
@@ -63,12 +64,13 @@ class Grid(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What is fitted: which axes have a minimum, and on which sizes it may depend."""
+    """What is fitted: which axes have a minimum, on which sizes it may depend, and to how many points of a grid at least."""
 
     axes: list[int]
     """Of `AXES`."""
     terms: list[int]
     """Of (1, ln N, ln D)."""
+    fewest: int
 
 
 class Surface(NamedTuple):
@@ -90,8 +92,7 @@ def fit_hyperparameters(
     grids = [grid for grid in grids_of(points) if len(grid.loss) > 1]
     axes = _axes(grids)
     terms, notes = _terms(grids)
-    form = Form(axes, terms)
-    surface = _solve(grids, form)
+    form, surface = _surface(grids, axes, terms)
     if surface is None:
         raise UserError(
             f"the losses of {len(grids)} grids have no minimum in {' and '.join(AXES[axis] for axis in axes)}: they do not rise"
@@ -185,9 +186,17 @@ def _distinct(values: list[float]) -> int:
     return 1 + int((ordered[1:] > SAME_TOKENS * ordered[:-1]).sum())
 
 
+def _surface(grids: list[Grid], axes: list[int], terms: list[int]) -> tuple[Form, Surface | None]:
+    """Return the solution with the fewest points that determine it; None if all points do not."""
+    form = Form(axes, terms, FEWEST_NEAR[len(axes)])
+    while (surface := _solve(grids, form)) is None and form.fewest < max(len(grid.loss) for grid in grids):
+        form = form._replace(fewest=2 * form.fewest)
+    return form, surface
+
+
 def _solve(grids: list[Grid], form: Form) -> Surface | None:
     """Return the least-squares solution; None where the grids do not determine it or it has no minimum."""
-    near = [grid.near(len(form.axes)) for grid in grids]
+    near = [grid.near(form.fewest) for grid in grids]
     return _solution(near, form)
 
 
@@ -243,7 +252,7 @@ def _bootstrap(grids: list[Grid], form: Form, resamples: int, seed: int) -> Arra
     A draw of too few sizes is left out by the rules for the fit itself: its exponents may be anything.
     """
     generator = np.random.default_rng(seed)
-    near = [grid.near(len(form.axes)) for grid in grids]
+    near = [grid.near(form.fewest) for grid in grids]
     draws = []
     for _ in range(resamples):
         drawn = [near[index] for index in generator.integers(len(near), size=len(near))]

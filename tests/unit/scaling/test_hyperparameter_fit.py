@@ -96,25 +96,37 @@ def test_intervals_hold_the_truth_nine_times_of_ten():
     assert 60 <= inside <= 80  # of 80; 66 to 77 would be 90% within two standard deviations
 
 
+def thinned(grid, every):
+    """A mask of the points of each `every`-th learning rate and batch of a grid."""
+    kept = [np.isin(values, np.unique(values)[::every]) for values in grid.logs.T.round(6)]
+    return kept[0] & kept[1]
+
+
 @step_law
-def test_nine_published_grids_predict_the_other_four():
-    points = published()
-    grids = grids_of(points)
-    assert (len(grids), len(points.loss)) == (13, 1443)
+@pytest.mark.parametrize(("every", "mean"), [(1, 0.0015), (2, 0.0025), (3, 0.005)])
+def test_nine_published_grids_predict_the_other_four(every, mean):
+    """Also from grids that are as coarse as those that one can afford: 119, 30 and 16 runs each."""
+    grids = grids_of(published())
+    assert (len(grids), sum(len(grid.loss) for grid in grids)) == (13, 1443)
+    few = [grid._replace(logs=grid.logs[chosen], loss=grid.loss[chosen]) for grid in grids for chosen in [thinned(grid, every)]]
     means = []
     for chosen in list(itertools.combinations(range(13), 9))[::24]:
-        on = [(grids[i].parameters, grids[i].tokens) for i in chosen]
-        mask = [pair in on for pair in zip(points.parameters, points.tokens, strict=True)]
-        law = fit_hyperparameters(points.take(np.array(mask)), "adamw", "", resamples=20).law
+        rows = [
+            (few[i].parameters, few[i].tokens, *np.exp(logs), loss)
+            for i in chosen
+            for logs, loss in zip(*few[i][2:], strict=True)
+        ]
+        law = fit_hyperparameters(TunedPoints(*np.array(rows).T), "adamw", "", resamples=20).law
         costs = []
         for i in set(range(13)) - set(chosen):
             n, d = grids[i].parameters, grids[i].tokens
             rate, batch = (math.log(power.at(n, d).value) for power in (law.peak_learning_rate, law.tokens_per_step))
             costs.append(grids[i].cost(rate, batch))
-        assert np.mean(costs) <= 0.006
-        assert max(costs) <= 0.012
+        if every == 1:
+            assert np.mean(costs) <= 0.006
+            assert max(costs) <= 0.012
         means.append(np.mean(costs))
-    assert np.mean(means) < 0.002  # 0.0013 over all 715 choices
+    assert np.mean(means) < mean  # over all 715 choices and every start 0.0012, 0.0019, 0.0040
 
 
 @step_law
