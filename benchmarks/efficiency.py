@@ -20,7 +20,7 @@ from rows import ROOT, about
 
 from isoflop.prepare.run import prepare
 
-LEARNING_RATES = tuple(1e-3 * 2**power for power in range(1, 6))
+LEARNING_RATES = tuple(4e-3 * 2**power for power in range(5))
 FARTHEST = 3  # learning rates added beyond these, one at a time, while the lowest loss is at an end
 
 

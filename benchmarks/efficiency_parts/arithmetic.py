@@ -83,7 +83,7 @@ def vertex(losses: Mapping[float, float]) -> Vertex | None:
         return None
     parabola = np.polynomial.Polynomial.fit(np.log(near), [losses[rate] for rate in near], 2)
     lowest = float(parabola.deriv().roots()[0].real)
-    return Vertex(math.exp(lowest), losses[rates[place]] - float(parabola(lowest)))
+    return Vertex(math.exp(lowest), max(0.0, losses[rates[place]] - float(parabola(lowest))))
 
 
 def _quantile(freedom: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,9 +198,7 @@ matrix products of orthogonalization counted, which weigh more the fewer tokens 
 here; 0.4% for `modern_124m` with 524,288 tokens a step). Time: with the measured time of a step. Intervals are {LEVEL:.0%},
 Student's t over the seeds; percentiles of a bootstrap over three seeds cover 61% where they say 90%.
 
-{by_size(savings)}
-
-## What it does not say
+{trends(savings)}## What it does not say
 
 This is a tiny scale: {sizes[-1].parameters / 1e3:.0f}k parameters at most, small batches, source text in a small vocabulary.
 With both optimizers tuned, published factors at 100M to 1B parameters are 1.1 to 1.4, and fall with size ('Fantastic pretraining
@@ -223,11 +222,7 @@ Other durations have the same learning rate, under both optimizers.
 
 Mean over the seeds; ± is their standard deviation.
 
-{times_table(sizes)}
-
-Median (least to most) of rounds in which both take turns in one process, one thread.
-
-{where}
+{times_table(sizes)}{where}
 """
 
 
@@ -249,25 +244,35 @@ def savings_table(savings: list[Saving]) -> str:
     return markdown(header, lines)
 
 
-def by_size(savings: list[Saving]) -> str:
-    """How the factor changes with size, at every duration that all sizes have."""
+def trends(savings: list[Saving]) -> str:
+    """How the factor changes with size at each duration that all sizes have, and with duration at each size."""
     lines = []
     for duration in DURATIONS["adamw"]:
         own = [one for one in savings if one.duration == duration]
-        if len(own) < len(SHAPES):
-            continue
-        points = [(one.size.parameters, factor) for one in own for factor in one.size.factors(duration)]
-        growth = growth_by_doubling(points)
-        means = ", ".join(f"{one.tokens.estimate:.2f}" for one in own)
-        lines.append(f"- At {duration} tokens a parameter: {means}; each doubling of the parameters multiplies it by"
-                     f" {growth.estimate:.3f} ({growth.low:.3f} to {growth.high:.3f}), so {_direction(growth)}.")  # fmt: skip
-    return "How the factor of tokens changes with size, smallest first:\n\n" + "\n".join(lines) if lines else ""
+        if len(own) == len(SHAPES):
+            points = [(one.size.parameters, factor) for one in own for factor in one.size.factors(duration)]
+            lines.append(f"- {duration} tokens a parameter, by size: {_trend(own, points, 'parameters')}.")
+    for parameters in dict.fromkeys(one.size.parameters for one in savings):
+        own = [one for one in savings if one.size.parameters == parameters]
+        if len(own) > 1:
+            points = [(one.duration, factor) for one in own for factor in one.size.factors(one.duration)]
+            lines.append(f"- {parameters:,} parameters, by duration: {_trend(own, points, 'tokens')}.")
+    return "How the factor of tokens changes:\n\n" + "\n".join(lines) + "\n\n" if lines else ""
+
+
+def _trend(own: list[Saving], points: list[tuple[int, float]], of: str) -> str:
+    means = ", ".join(f"{one.tokens.estimate:.2f}" for one in own)
+    if len(points) < 3:
+        return means
+    growth = growth_by_doubling(points)
+    return (f"{means}; each doubling of the {of} multiplies it by {growth.estimate:.3f} ({growth.low:.3f} to {growth.high:.3f}),"
+            f" so {_direction(growth)}")  # fmt: skip
 
 
 def _direction(growth: Interval) -> str:
     if growth.high < 1:
-        return "it falls with size"
-    return "it grows over these sizes" if growth.low > 1 else "no change with size is beyond what seeds do"
+        return "it falls"
+    return "it grows" if growth.low > 1 else "no change is beyond what seeds do"
 
 
 def gpu_text(measured: bool) -> str:
@@ -308,7 +313,7 @@ def losses_table(sizes: list[Size]) -> str:
 
 
 def times_table(sizes: list[Size]) -> str:
-    """Milliseconds of a step and their ratio."""
+    """Milliseconds of a step and their ratio, where they are measured."""
     lines = []
     for size in sizes:
         if timed := size.timed:
@@ -316,7 +321,8 @@ def times_table(sizes: list[Size]) -> str:
             lines.append([f"{size.parameters:,}", *steps, _spread(timed["time_of_adamw"], 1, 3),
                           f"{timed['muon_update_flops'] / timed['step_flops']:.1%}"])  # fmt: skip
     header = ["parameters", "AdamW's step, ms", "Muon's step, ms", "ratio of neighbours", "FLOPs of orthogonalization / step"]
-    return markdown(header, lines)
+    about = "Median (least to most) of rounds in which both take turns in one process, one thread."
+    return f"{markdown(header, lines)}\n\n{about}\n\n" if lines else ""
 
 
 def _spread(values: list[float], unit: float, digits: int) -> str:
@@ -325,7 +331,7 @@ def _spread(values: list[float], unit: float, digits: int) -> str:
 
 
 def _ends(interval: Interval) -> str:
-    return f"{interval.low:.2f} to {interval.high:.2f}"
+    return f"{interval.low:.2f} to {interval.high:.2f}" if math.isfinite(interval.high) else "of one seed"
 
 
 def _flops_share(sizes: list[Size]) -> str:

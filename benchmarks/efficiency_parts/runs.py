@@ -28,12 +28,13 @@ from isoflop.utils.errors import UserError
 OPTIMIZERS = ("adamw", "muon")
 HEAD_DIM, VOCABULARY, SEQUENCE_LENGTH = 16, 512, 128
 TOKENS_PER_STEP = 1024
-SHAPES = ((32, 2), (48, 2), (64, 3))  # width and layers; 34k, 64k and 138k parameters, more than half of them in the layers
+SHAPES = ((32, 2), (48, 2), (64, 2))  # width and layers; 34k, 64k and 103k parameters, more than half of them in the layers
 TUNED_AT = 20  # tokens a parameter at which the learning rate is tuned
 SEEDS = (0, 1, 2)
 # Muon has a shorter run besides, so that its curve reaches up to AdamW's loss at 10 tokens a parameter.
 DURATIONS = {"adamw": (10, 20, 40), "muon": (5, 10, 20, 40)}
 VALIDATION_WINDOWS = 512
+PREPARED = "data/efficiency"
 TIMED_STEPS, TIMED_ROUNDS = 10, 30
 
 
@@ -93,7 +94,7 @@ def tree_of(setting: Setting) -> dict[str, Any]:
             "initializer_range": round(0.55 / width**0.5, 3),  # 0.02 at a width of 768, as in recipes/laptop.yaml
         },
         "tokenizer": {"train_vocab_size": VOCABULARY},
-        "data": {"source": {"kind": "python_stdlib"}, "prepared_dir": "data/efficiency", "validation_fraction": 0.05},
+        "data": {"source": {"kind": "python_stdlib"}, "prepared_dir": PREPARED, "validation_fraction": 0.05},
         "training": {
             "sequence_length": SEQUENCE_LENGTH, "tokens_per_step": TOKENS_PER_STEP,
             "micro_batch_size": TOKENS_PER_STEP // SEQUENCE_LENGTH, "tokens_per_parameter": setting.tokens_per_parameter,
