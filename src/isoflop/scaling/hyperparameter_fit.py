@@ -1,6 +1,6 @@
 """Laws of the learning rate and the batch, fitted to grids: runs of the same N and D over several of both.
 
-Around its least value a grid's loss is taken as quadratic in u = (ln rate, ln batch):
+Around its least value a grid's loss is taken as quadratic in u = (ln learning rate, ln batch):
 
     loss = level + 1/2 (u - u*)' H (u - u*),    u* = M z,    z = (1, ln N, ln D)
 
@@ -74,7 +74,7 @@ class Form(NamedTuple):
 
 
 class Surface(NamedTuple):
-    """A solution: exponents (2, 3) of (1, ln N, ln D) for rate and batch, 0 where not fitted, and H of the fitted axes."""
+    """A solution: exponents (2, 3) of (1, ln N, ln D) for both axes, 0 where not fitted, and H of the fitted axes."""
 
     exponents: Array
     curvature: Array
@@ -155,7 +155,7 @@ def _terms(grids: list[Grid]) -> tuple[list[int], list[str]]:
     if terms == [0]:
         raise UserError(
             f"the grids over learning rates or batches have {counts['N']} distinct N and {counts['D']} distinct D, and an"
-            f" exponent needs {FEWEST_SIZES} of either; train the same rates at more sizes or lengths"
+            f" exponent needs {FEWEST_SIZES} of either; sweep them at more sizes or lengths"
         )
     notes = [
         f"exponent of {name} is 0: the grids have {count} distinct {name}, and an exponent needs {FEWEST_SIZES}"

@@ -16,12 +16,23 @@ def hyperparameters_text(report: HyperparameterReport, make_table: MakeTable) ->
     """Return the laws, the grids and what to know of them, with tables made by `make_table`."""
     law = report.law
     rows = [["learning rate", *_law(law.peak_learning_rate)], ["tokens per step", *_law(law.tokens_per_step)]]
-    header = ["at the grid", "runs", "best rate", "tokens/step", "loss", "law: rate", "tokens/step", "cost", "held out"]
+    header = [
+        "at the grid",
+        "runs",
+        "best learning rate",
+        "tokens/step",
+        "loss",
+        "law: learning rate",
+        "tokens/step",
+        "cost",
+        "held out",
+    ]
     costs = [f"Cost: loss of the run nearest to the law's values, less the best; in nats. {_summary(report.grids)}"]
     if law.curvature:
         costs.append(
             f"Around the best the loss rises by {law.curvature.rate:.3g} r^2 + {law.curvature.batch:.3g} b^2"
-            f" {law.curvature.cross:+.3g} r b nats, r and b the natural logs of the ratios of rate and batch to the best."
+            f" {law.curvature.cross:+.3g} r b nats, r and b the natural logs of the ratios of learning rate and batch to"
+            " the best."
         )
     lines = [*(f"* note: {note}" for note in report.notes), *(f"* warning: {warning}" for warning in report.warnings)]
     parts = [

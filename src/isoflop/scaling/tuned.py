@@ -1,6 +1,7 @@
 """Runs over learning rates and batches: which of them share N and D, which have the least loss, and how a table states them.
 
-The law of the loss is fitted to the least loss at each N and D, the laws of rate and batch to all runs.
+The law of the loss is fitted to the least loss at each N and D, the laws of learning rate and batch to all
+runs.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def least_rows(points: Points, pairs: Sequence[Hashable]) -> Indices:
 def tuned_rows(
     rows: list[tuple[int, dict[str, Any]]], columns: Columns, points: Points, file: str, sequence_length: int | None
 ) -> tuple[TunedPoints | str, Indices]:
-    """Return a table's runs with rates and batches, or a text on why it has none; and the runs that the loss law is fitted to.
+    """Return a table's runs with their learning rates and batches, or why it has none; and the runs of the least loss.
 
     `rows` and `points` are the table's runs, in the same order.
     """
