@@ -11,6 +11,7 @@ from test_hyperparameter_fit import AROUND, STEP_LAW, grids_of, known, published
 
 from isoflop.cli.fit import main as fit_cli
 from isoflop.cli.plan import main as plan_cli
+from isoflop.config.loading import load_recipe
 from isoflop.scaling.fit import fit, fit_command
 from isoflop.scaling.hyperparameter_laws import load_hyperparameter_law
 from isoflop.scaling.laws import load_hyperparameters, load_law, parameters_without_vocabulary
@@ -234,3 +235,17 @@ def test_a_plan_by_nine_published_grids_suits_the_other_four(tmp_path, capsys):
         costs.append(grid.cost(np.log(rate["value"]), np.log(batch["value"])))
     assert np.mean(costs) <= 0.006
     assert max(costs) <= 0.012
+
+
+def test_a_plan_of_a_budget_by_a_law_file_writes_its_learning_rate_and_batch(tmp_path, capsys):
+    law, recipe = str(tmp_path / "law.json"), str(tmp_path / "planned.yaml")
+    assert fit_command(FitOptions((write_table(tmp_path / "t.csv"),), out=law, resamples=50)) == 0
+    assert plan_cli(["budget", "--flops", "1e17", "--family", "gpt2", "--law", law, "--write", recipe]) == 0
+    written = load_recipe(recipe)
+    n, d = parameters_without_vocabulary(written.model), written.training.num_steps(1) * written.training.tokens_per_step
+    rate, batch = known(n, d)
+    assert written.training.tokens_per_step == pytest.approx(batch, rel=0.1)
+    assert written.optimizer.peak_learning_rate == pytest.approx(rate, rel=0.1)
+    capsys.readouterr()
+    assert plan_cli(["recipe", recipe, "--law", law]) == 0
+    assert "the same within 0.001 nats" in capsys.readouterr().out
