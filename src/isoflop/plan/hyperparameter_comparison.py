@@ -11,7 +11,8 @@ from typing import Any
 
 from isoflop.config.recipe import Recipe
 from isoflop.plan.hyperparameters import Hyperparameters, choose, law_for
-from isoflop.scaling.laws import DEFAULT_LAW, FAR, Law, load_law, parameters_without_vocabulary
+from isoflop.plan.shape import tuned_parameters
+from isoflop.scaling.laws import DEFAULT_LAW, FAR, Law, load_law
 from isoflop.utils.errors import UserError
 from isoflop.utils.tables import short
 
@@ -114,16 +115,16 @@ class HyperparameterComparison:
 
 
 def compare_hyperparameters(recipe: Recipe, tokens: int, law: Law) -> HyperparameterComparison:
-    """Compare a recipe's values with the law of learning rate and batch of its own loss law, else its optimizer's default."""
-    n, optimizer = parameters_without_vocabulary(recipe.model), recipe.optimizer
+    """Compare a recipe's values with the law of learning rate and batch of its own loss law, else its optimizer's default.
+
+    Under completep the values are those of the base, and so is the N that the law is read at.
+    """
+    n, optimizer = tuned_parameters(recipe.model, recipe.parametrization), recipe.optimizer
     own = (optimizer.peak_learning_rate, recipe.training.tokens_per_step, optimizer.weight_decay)
     fitted = law.hyperparameters
     of_law = fitted if fitted and fitted.optimizer == optimizer.name else law_for(optimizer.name, n, tokens)
     if not of_law.name:
         of_law = of_law.model_copy(update={"name": law.name})
-    if recipe.parametrization.name != "standard":
-        reason = f"parametrization.name = {recipe.parametrization.name} scales them from its base"
-        return HyperparameterComparison(*own, None, reason, None, None, None)
     if outside := of_law.outside(n, tokens, factor=FAR):
         reason = f"law {of_law.name} is far from its runs: {'; '.join(outside)}"
         return HyperparameterComparison(*own, None, reason, None, None, None)

@@ -19,8 +19,9 @@ from isoflop.plan.launches import known_launches
 from isoflop.plan.planner import plan_recipe
 from isoflop.plan.recipe_writer import Target, recipe_for, write_recipe
 from isoflop.plan.results import Plan
+from isoflop.plan.shape import tuned_parameters
 from isoflop.scaling.hyperparameters import HyperparameterLaw, OptimizerName
-from isoflop.scaling.laws import FAR, Law, parameters_without_vocabulary
+from isoflop.scaling.laws import FAR, Law
 from isoflop.utils.errors import UserError
 
 
@@ -96,15 +97,13 @@ def _hyperparameter_law(new: NewRecipe) -> tuple[HyperparameterLaw | None, list[
     A law that was named is used for any size. The default is not used beyond its own runs by more than the factor `FAR`.
     """
     base = load_recipe(new.family.recipe)
-    optimizer, n = new.tuning.optimizer or base.optimizer.name, parameters_without_vocabulary(new.model)
+    optimizer, n = new.tuning.optimizer or base.optimizer.name, tuned_parameters(new.model, base.parametrization)
     fitted = new.law.hyperparameters
     if new.tuning.law is None and fitted and fitted.optimizer == optimizer:
         law = fitted if fitted.name else fitted.model_copy(update={"name": new.law.name})
     else:
         law = law_for(optimizer, n, new.tokens, new.tuning.law)
-    if base.parametrization.name != "standard":
-        reason = f"parametrization.name = {base.parametrization.name} scales them from its base"
-    elif new.tuning.law is None and (outside := law.outside(n, new.tokens, factor=FAR)):
+    if new.tuning.law is None and (outside := law.outside(n, new.tokens, factor=FAR)):
         reason = f"law {law.name} is far from its runs: {'; '.join(outside)}"
     else:
         return law, []

@@ -15,8 +15,9 @@ from isoflop.config.recipe import Model, Recipe
 from isoflop.plan import cost
 from isoflop.plan.families import Family
 from isoflop.plan.hyperparameters import WARMUP_SHARE, Hyperparameters, choose
+from isoflop.plan.shape import tuned_parameters
 from isoflop.scaling.hyperparameters import HyperparameterLaw
-from isoflop.scaling.laws import critical_batch_tokens, parameters_without_vocabulary
+from isoflop.scaling.laws import critical_batch_tokens
 from isoflop.utils.credentials import hide_credentials
 from isoflop.utils.errors import UserError
 
@@ -110,7 +111,7 @@ def _by_law(
     law: HyperparameterLaw, base: Recipe, model: Model, tokens: float, sequence_length: int, predicted_loss: float, num_gpus: int
 ) -> Hyperparameters:
     """Return the law's values, with a batch that the GPUs and, where it is small beside the batch, the micro-batch divide."""
-    n, micro = parameters_without_vocabulary(model), base.training.micro_batch_size
+    n, micro = tuned_parameters(model, base.parametrization), base.training.micro_batch_size
     windows_per_gpu = law.tokens_per_step.at(n, tokens).value / sequence_length / num_gpus
     while micro > 1 and micro * MOST_ROUNDING > windows_per_gpu:
         micro //= 2

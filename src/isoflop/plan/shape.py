@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from isoflop.config.recipe import Gpt2Model, LlamaModel, Model
+from isoflop.config.recipe_optimizer import Parametrization
 
 
 class Shape(NamedTuple):
@@ -98,6 +99,22 @@ def parameters_by_class(model: Model) -> dict[str, int]:
 def parameters(model: Model) -> int:
     """Return the number of all parameters; tied ones count once."""
     return sum(parameters_by_class(model).values())
+
+
+def parameters_without_vocabulary(model: Model) -> int:
+    """Return a model's N without token embedding, position embedding and head."""
+    classes = parameters_by_class(model)
+    return sum(count for name, count in classes.items() if name not in ("embedding", "position", "head"))
+
+
+def tuned_parameters(model: Model, parametrization: Parametrization) -> float:
+    """Return N without vocabulary of the model that a recipe's values are for: its own, or under completep that of the base.
+
+    The base has this model's proportions, so that N grows as layers x width^2.
+    """
+    n, shape = parameters_without_vocabulary(model), shape_of(model)
+    width, layers = parametrization.base_hidden_size, parametrization.base_num_layers
+    return n if width is None or layers is None else n * (width / shape.hidden_size) ** 2 * layers / shape.num_layers
 
 
 def flops_per_token(model: Model, sequence_length: int) -> int:

@@ -26,6 +26,7 @@ from isoflop.config.recipe_data import Section
 from isoflop.config.shipped import find
 from isoflop.config.type_errors import rule_of
 from isoflop.plan import cost
+from isoflop.plan.shape import parameters_without_vocabulary
 from isoflop.scaling.hyperparameters import HyperparameterLaw, OptimizerName
 from isoflop.utils.errors import UserError, nearest
 from isoflop.utils.io import atomic_write
@@ -298,12 +299,6 @@ class _TwoPowers(NamedTuple):
     def loss(self, parameters: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
         loss: NDArray[np.float64] = self.e + (self.a / parameters**self.alpha + self.b / tokens**self.beta) ** self.outer
         return loss
-
-
-def parameters_without_vocabulary(model: Model) -> int:
-    """Return a model's N without token embedding, position embedding and head."""
-    classes = cost.parameters_by_class(model)
-    return sum(count for name, count in classes.items() if name not in ("embedding", "position", "head"))
 
 
 def load_law(name_or_path: str | Path) -> Law:

@@ -12,7 +12,8 @@ from isoflop.compare.runs import NATS, RunHistory, read_runs
 from isoflop.config.recipe import differences, flatten
 from isoflop.data.manifest import read_manifest
 from isoflop.plan import cost
-from isoflop.scaling.laws import LossDecayModel, parameters_without_vocabulary
+from isoflop.plan.shape import tuned_parameters
+from isoflop.scaling.laws import LossDecayModel
 from isoflop.scaling.measured import FEWEST_POINTS, Measured
 from isoflop.scaling.points import Curve, Points, TunedPoints
 from isoflop.scaling.tuned import least_rows
@@ -91,7 +92,7 @@ def _least(finished: list[Finished]) -> tuple[list[Finished], TunedPoints | str]
     if len(kept) == len(finished):
         return finished, "no runs of the same N and D differ in learning rate or batch; train such by `isoflop sweep`"
     rate, batch = np.array(pairs, dtype=float).T
-    sizes = np.array([float(parameters_without_vocabulary(recipe.model)) for recipe in recipes])
+    sizes = np.array([float(tuned_parameters(recipe.model, recipe.parametrization)) for recipe in recipes])
     return [finished[index] for index in kept], TunedPoints(sizes, points.tokens, rate, batch, points.loss)
 
 

@@ -10,7 +10,8 @@ from isoflop.config.loading import validate_recipe
 from isoflop.config.recipe import LARGEST_TRIED, Model, Recipe
 from isoflop.plan import cost
 from isoflop.plan.families import Family, family_of
-from isoflop.scaling.laws import Law, parameters_without_vocabulary
+from isoflop.plan.shape import tuned_parameters
+from isoflop.scaling.laws import Law
 from isoflop.sweep.config import Rule, SweepConfig
 from isoflop.utils.errors import UserError
 
@@ -117,7 +118,7 @@ def _best_point(sweep: SweepConfig, law: Law, model: Model, flops: float, sequen
             f"law {law.name} has no law of learning rate and batch, which the sweep has as axes; add sizes and values until"
             " `isoflop fit` finds one, or give peak_learning_rate and tokens_per_step as rules"
         )
-    n, d = parameters_without_vocabulary(model), flops / cost.flops_per_token(model, sequence_length)
+    n, d = tuned_parameters(model, sweep.base().parametrization), flops / cost.flops_per_token(model, sequence_length)
     rate, batch = best.peak_learning_rate.at(n, d).value, best.tokens_per_step.at(n, d).value
     if sweep.batches == [None]:
         return Point(rate, None)

@@ -21,10 +21,14 @@ EXACT_PARAMETERS = {
     "llama3_2.2b": 2_224_154_624,
     "gpt2_124m": 124_475_904,
     "modern_124m": 123_587_328,
+    "fast_124m": 123_587_328,
+    "fast_350m": 359_842_816,
+    "fast_1.4b": 1_439_016_960,
     "quickstart": 2_816_064,
     "quickstart_gpt2": 2_844_456,
     "laptop": 432_480,
 }
+FAST = ("fast_124m", "fast_350m", "fast_1.4b")
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 
@@ -56,7 +60,7 @@ def test_twenty_tokens_per_parameter_take_the_published_steps(name, steps):
 
 
 def test_the_six_shapes_train_as_stated():
-    for name in sorted(set(RECIPES) - {"quickstart", "quickstart_gpt2", "laptop"}):
+    for name in sorted(set(RECIPES) - {"quickstart", "quickstart_gpt2", "laptop", *FAST}):
         recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
         assert recipe.training.tokens_per_step == 524_288
         assert (recipe.optimizer.beta1, recipe.optimizer.beta2) == (0.9, 0.95)
@@ -70,6 +74,34 @@ def test_the_six_shapes_train_as_stated():
         assert recipe.training.max_steps == 25_000
         assert recipe.optimizer.peak_learning_rate == 3e-4
         assert (recipe.schedule.warmup_steps, recipe.schedule.final_learning_rate) == (2000, 3e-5)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_fast_recipe_has_the_values_that_the_plan_chooses(name):
+    """By nanochat's rules for Muon at the base's size, which CompleteP scales to this one's; 20 tokens a parameter."""
+    from isoflop.plan.hyperparameters import choose, law_for
+    from isoflop.plan.shape import parameters_without_vocabulary, tuned_parameters
+
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
+    training, tokens = recipe.training, recipe.training.num_steps(0) * recipe.training.tokens_per_step
+    assert tokens == pytest.approx(20 * cost.parameters(recipe.model), rel=2e-3)
+    base = load_recipe(ROOT / "recipes/fast_124m.yaml").model
+    assert tuned_parameters(recipe.model, recipe.parametrization) == pytest.approx(parameters_without_vocabulary(base), rel=0.03)
+    unit = training.sequence_length * training.micro_batch_size
+    header = Path(ROOT / f"recipes/{name}.yaml").read_text().split("model:")[0]
+    asked = float(re.search(r"--tokens (\S+)", header)[1])
+    assert asked == pytest.approx(tokens, rel=1e-3)
+    assert f"--micro-batch-size {training.micro_batch_size}" in header
+    chosen = choose(law_for("muon", 84934656, asked), 84934656, asked, batch_unit=unit)
+    assert recipe.optimizer.name == "muon"
+    assert recipe.optimizer.peak_learning_rate == chosen.rounded(chosen.peak_learning_rate.value)
+    assert recipe.optimizer.weight_decay == chosen.rounded(chosen.weight_decay.value)
+    assert (training.tokens_per_step, training.max_steps) == (chosen.tokens_per_step.value, chosen.steps)
+    schedule = recipe.schedule
+    assert schedule == chosen.schedule.model_copy(update={"final_learning_rate": schedule.final_learning_rate})
+    assert schedule.final_learning_rate == chosen.rounded(chosen.schedule.final_learning_rate)
+    for line in (chosen.formulas()["peak_learning_rate"].split(" (no")[0], chosen.formulas()["weight_decay"]):
+        assert line in header
 
 
 def test_the_two_quickstarts_differ_in_their_model_alone():

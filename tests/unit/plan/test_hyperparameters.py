@@ -15,6 +15,7 @@ from isoflop.config.loading import load_recipe
 from isoflop.plan.hyperparameter_comparison import compare_hyperparameters
 from isoflop.plan.hyperparameters import choose, law_for
 from isoflop.plan.planner import plan as make_plan
+from isoflop.plan.shape import parameters_without_vocabulary
 from isoflop.scaling.hyperparameter_laws import HYPERPARAMETER_LAWS, NANOCHAT, STEP_LAW
 from isoflop.scaling.laws import load_law
 from isoflop.utils.errors import UserError
@@ -203,10 +204,16 @@ def test_what_is_not_compared_says_why():
     muon = make_plan("gpt2_124m", ["optimizer.name=muon"]).hyperparameters
     assert (muon.law.law, muon.nats) == (NANOCHAT, None)
     assert muon.summary().endswith("no estimate of the cost")
-    completep = ["parametrization.name=completep", "parametrization.base_hidden_size=256", "parametrization.base_num_layers=4"]
-    assert "scales them from its base" in make_plan("gpt2_124m", completep).hyperparameters.outside
     far = make_plan("gpt2_1.36b", ["optimizer.peak_learning_rate=1e-5"]).hyperparameters
     assert (far.nats, far.nats_above, far.compute_share) == (None, 0.1, None)
+
+
+def test_under_completep_the_law_is_read_at_the_size_of_the_base():
+    completep = ["parametrization.name=completep", "parametrization.base_hidden_size=640", "parametrization.base_num_layers=10"]
+    scaled = make_plan("gpt2_124m", ["training.max_steps=20000", *completep]).hyperparameters
+    n = parameters_without_vocabulary(load_recipe("gpt2_124m").model) * (640 / 768) ** 2 * 10 / 12
+    assert scaled.law.parameters_without_vocabulary == pytest.approx(n)
+    assert scaled.law.peak_learning_rate.value == pytest.approx(choose(STEP_LAW, n, 20000 * 524288).peak_learning_rate.value)
 
 
 def test_the_comparison_takes_the_law_of_the_recipes_optimizer():

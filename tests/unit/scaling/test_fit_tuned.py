@@ -14,7 +14,8 @@ from isoflop.cli.plan import main as plan_cli
 from isoflop.config.loading import load_recipe
 from isoflop.scaling.fit import fit, fit_command
 from isoflop.scaling.hyperparameter_laws import load_hyperparameter_law
-from isoflop.scaling.laws import load_hyperparameters, load_law, parameters_without_vocabulary
+from isoflop.plan.shape import parameters_without_vocabulary
+from isoflop.scaling.laws import load_hyperparameters, load_law
 from isoflop.scaling.options import FitOptions
 from isoflop.scaling.report import HyperparameterReport
 from isoflop.scaling.runs import measured_runs

@@ -157,6 +157,8 @@ def test_every_recipe_starts_at_the_logarithm_of_its_vocabulary(name, config, to
     overrides = [f"model.{change}" for change in TOY_WIDTHS[model.model_type]]
     if model.model_type == "llama" and model.num_key_value_heads:
         overrides.append("model.num_key_value_heads=2")
+    if load_recipe(ROOT / f"recipes/{name}.yaml").parametrization.name == "completep":
+        overrides += ["parametrization.base_hidden_size=32", "parametrization.base_num_layers=2"]  # heads of 16, as above
     toy = {**toy_tree, "training": {**toy_tree["training"], "max_steps": 1}}
     overrides += [
         f"{section}.{key}={json.dumps(value)}"
