@@ -105,7 +105,8 @@ def test_with_bf16_weights_too_as_zero1_and_fsdp2_have_them(name, micro):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_each_optimizer_keeps_what_is_predicted(optimizer):
-    recipe = shallow("modern_124m", 3, "training.micro_batch_size=1", "training.tokens_per_step=4096", f"optimizer.name={optimizer}")
+    sizes = ["training.micro_batch_size=1", "training.tokens_per_step=4096"]
+    recipe = shallow("modern_124m", 3, *sizes, f"optimizer.name={optimizer}")
     predicted = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, cost.Launch("cpu", "single", bf16=False))
     assert predicted.total == pytest.approx(tracked_memory_bytes(recipe, bf16=False), rel=0.005)
 

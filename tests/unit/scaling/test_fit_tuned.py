@@ -12,9 +12,9 @@ from test_hyperparameter_fit import AROUND, STEP_LAW, grids_of, known, published
 from isoflop.cli.fit import main as fit_cli
 from isoflop.cli.plan import main as plan_cli
 from isoflop.config.loading import load_recipe
+from isoflop.plan.shape import parameters_without_vocabulary
 from isoflop.scaling.fit import fit, fit_command
 from isoflop.scaling.hyperparameter_laws import load_hyperparameter_law
-from isoflop.plan.shape import parameters_without_vocabulary
 from isoflop.scaling.laws import load_hyperparameters, load_law
 from isoflop.scaling.options import FitOptions
 from isoflop.scaling.report import HyperparameterReport
