@@ -102,7 +102,11 @@ def fit_hyperparameters(
     draws = _bootstrap(grids, form, resamples, seed)
     results = [_result(grid, grids, form, surface) for grid in grids]
     enough = len(draws) >= VALID_DRAWS * resamples
-    rate, batch = (_power(surface.exponents[axis], draws[:, axis] if enough and axis in axes else None) for axis in (0, 1))
+    widening = len(grids) / max(1, len(grids) - len(terms))  # of the variance: so many coefficients follow from so few grids
+    rate, batch = (
+        _power(surface.exponents[axis], widening * np.cov(draws[:, axis].T) if enough and axis in axes else None)
+        for axis in (0, 1)
+    )
     law = HyperparameterLaw(
         source=source,
         optimizer=optimizer,
@@ -247,9 +251,11 @@ def _line(logs: list[float], sizes: Array, terms: list[int]) -> Array:
 
 
 def _bootstrap(grids: list[Grid], form: Form, resamples: int, seed: int) -> Array:
-    """Return exponents (k, 2, 3) of the draws that determine them: grids are drawn with replacement, then points of each.
+    """Return exponents (k, 2, 3) of the draws that determine them: grids are drawn with replacement.
 
-    A draw of too few sizes is left out by the rules for the fit itself: its exponents may be anything.
+    A draw of too few sizes is left out by the rules for the fit itself: its exponents may be anything. In simulations of nine
+    grids the intervals held the truth in 92% to 99% of 60 sets, whether losses or minima of the grids varied at random; with runs
+    drawn instead of grids, in 65% to 98%.
     """
     generator = np.random.default_rng(seed)
     near = [grid.near(form.fewest) for grid in grids]
@@ -258,24 +264,17 @@ def _bootstrap(grids: list[Grid], form: Form, resamples: int, seed: int) -> Arra
         drawn = [near[index] for index in generator.integers(len(near), size=len(near))]
         if not set(form.terms) <= set(_determined(drawn)):
             continue
-        chosen = [_resampled(grid, generator) for grid in drawn]
-        if (surface := _solution(chosen, form)) is not None:
+        if (surface := _solution(drawn, form)) is not None:
             draws.append(surface.exponents)
     return np.array(draws).reshape(-1, 2, 3)
 
 
-def _resampled(grid: Grid, generator: np.random.Generator) -> Grid:
-    chosen = generator.integers(len(grid.loss), size=len(grid.loss))
-    return grid._replace(logs=grid.logs[chosen], loss=grid.loss[chosen])
-
-
-def _power(exponents: Array, draws: Array | None) -> PowerOfSize:
-    """Return a law with the covariance of its bootstrap draws, if there are any."""
+def _power(exponents: Array, covariance: Array | None) -> PowerOfSize:
     log_coefficient, by_n, by_d = map(float, exponents)
     law = PowerOfSize(log_coefficient=log_coefficient, parameters_exponent=by_n, tokens_exponent=by_d)
-    if draws is None:
+    if covariance is None:
         return law
-    return PowerOfSize.model_validate(law.model_dump() | {"covariance": np.cov(draws.T).tolist()})
+    return PowerOfSize.model_validate(law.model_dump() | {"covariance": covariance.tolist()})
 
 
 def _result(grid: Grid, grids: list[Grid], form: Form, surface: Surface) -> TunedGrid:
