@@ -85,7 +85,9 @@ def fit_tuned(measured: Measured, options: FitOptions) -> HyperparameterReport:
     if isinstance(measured.tuned, str):
         raise UserError(measured.tuned)
     source = f"fitted by `isoflop fit` to {hide_credentials(measured.origin)}"
-    return fit_hyperparameters(measured.tuned, measured.optimizer, source, options.resamples, options.seed)
+    found = fit_hyperparameters(measured.tuned, measured.optimizer, source, options.resamples, options.seed)
+    law = found.law.model_copy(update={"weight_decay": measured.weight_decay})
+    return found.model_copy(update={"law": law})
 
 
 def read_measured(options: FitOptions) -> Measured:

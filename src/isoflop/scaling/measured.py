@@ -31,6 +31,8 @@ class Measured:
     optimizer: OptimizerName = "adamw"
     """What trained the runs; AdamW for a table that does not state it."""
     parametrization: Literal["standard", "completep"] = "standard"
+    weight_decay: float | None = None
+    """Of all runs; None if it varies or is not known."""
     tuned: TunedPoints | str = ""
     """All runs with their learning rates and batches, if these vary at the same N and D, where `points` are those of the least
     loss; else why there are none."""

@@ -58,7 +58,7 @@ def measured_runs(paths: list[str], hyperparameters: bool = False) -> Measured:
             + ("; or fit the learning rates and batches alone by --hyperparameters" if notes else "")
         )
     layers = [cost.shape_of(one.run.recipe.model).num_layers for one in best]
-    recipe = finished[0].run.recipe
+    recipe, decays = finished[0].run.recipe, {one.run.recipe.optimizer.weight_decay for one in finished}
     return Measured(
         points=_points(best),
         curves=[_curve(one.run) for one in best],
@@ -69,6 +69,7 @@ def measured_runs(paths: list[str], hyperparameters: bool = False) -> Measured:
         layers=(min(layers), max(layers)),
         optimizer=recipe.optimizer.name,
         parametrization=recipe.parametrization.name,
+        weight_decay=decays.pop() if len(decays) == 1 else None,
         tuned=tuned,
     )
 

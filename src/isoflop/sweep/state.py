@@ -101,6 +101,8 @@ def states_json(states: list[RunState]) -> list[dict[str, Any]]:
             "parameters": state.run.parameters,
             "tokens": state.run.tokens,
             "flops": state.run.flops,
+            "peak_learning_rate": state.run.recipe.optimizer.peak_learning_rate,
+            "tokens_per_step": state.run.recipe.training.tokens_per_step,
             "steps": state.run.steps,
             "state": state.what,
             "steps_done": state.steps_done,

@@ -197,6 +197,7 @@ def test_run_folders(tmp_path, capsys):
     rate = law.hyperparameters.peak_learning_rate.at(sizes[1], 65_536).value
     assert rate == pytest.approx(known(32e6, 65_536)[0], rel=0.05)
     assert law.hyperparameters.curvature.rate == pytest.approx(0.012, rel=0.05)
+    assert law.hyperparameters.weight_decay == 0.1
     with pytest.raises(UserError, match="--batch, --sequence-length and --where are about a table"):
         fit(str(tmp_path / "sweep"), sequence_length=32)
 

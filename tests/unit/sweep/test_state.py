@@ -40,6 +40,7 @@ def test_states_and_time_left(runs):
     assert seconds_left(states) == pytest.approx([0.0, 30.0, 45.0, 50.0])
     assert [row["state"] for row in states_json(states)] == ["finished", "stopped", "running", "waiting"]
     assert [row["seconds_left"] for row in states_json(states)] == pytest.approx([0.0, 30.0, 45.0, 50.0])
+    assert {(row["peak_learning_rate"], row["tokens_per_step"]) for row in states_json(states)} == {(3e-3, 256)}
     reported = report(states)
     assert f"1 of 4 runs finished; {4 * runs[0].flops:.3g} FLOPs in all, {2.5 * runs[0].flops:.3g} left" in reported
     assert reported.endswith(", 0.03 h one after another")
