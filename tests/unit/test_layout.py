@@ -15,7 +15,8 @@ LIBRARY = sorted([*(p for p in PACKAGE.rglob("*.py") if "modeling" not in p.part
 LAYERS = [
     ["isoflop.utils", "isoflop.modeling"],
     ["isoflop.config"],
-    ["isoflop.plan.hardware", "isoflop.plan.shape", "isoflop.plan.optimizer_cost", "isoflop.plan.cost", "isoflop.plan.families", "isoflop.train.devices", "isoflop.train.records",
+    ["isoflop.plan.hardware", "isoflop.plan.shape", "isoflop.plan.optimizer_cost", "isoflop.plan.cost", "isoflop.plan.families",
+     "isoflop.train.devices", "isoflop.train.records",
      "isoflop.train.optimizers", "isoflop.train.deepspeed"],
     ["isoflop.scaling"],
     ["isoflop.data", "isoflop.checkpoint", "isoflop.plan.search"],
