@@ -141,7 +141,7 @@ def _axes(grids: list[Grid]) -> list[int]:
     if not axes:
         raise UserError(
             "no runs of the same N and D differ in learning rate or batch, so that no law of these can be fitted; train several,"
-            " e.g. by `isoflop sweep` with peak_learning_rates"
+            " e.g. by `isoflop sweep` with a list of peak_learning_rate"
         )
     for axis in axes:
         if most[axis] < FEWEST_VALUES:
