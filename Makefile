@@ -74,6 +74,7 @@ pages: setup
 	$(BIN)/python benchmarks/pages/performance.py
 	$(BIN)/python benchmarks/pages/circle.py
 	$(BIN)/python benchmarks/pages/ablation.py
+	$(BIN)/python benchmarks/pages/transfer.py
 	$(BIN)/python -m pip install --quiet --no-deps --target build/chinchilla chinchilla==0.2.0 attrdictx ordinal seaborn ruamel.yaml
 	PYTHONPATH=build/chinchilla $(BIN)/python benchmarks/pages/laws.py $(LAWS_DATA)
 

@@ -1,4 +1,4 @@
-"""Regenerates docs/results/transfer.md and its figure: python benchmarks/pages/transfer.py (from the checkout's root; under an hour).
+"""Regenerates docs/results/transfer.md and its figure: python benchmarks/pages/transfer.py (from the checkout's root; half an hour).
 
 Trains small LLaMAs over learning rates, widths and depths under both parametrizations, one thread. Each run is a row of
 benchmarks/results/transfer.jsonl; runs that have a row are not trained again, so that the same command resumes.
@@ -80,7 +80,7 @@ def main() -> None:
         torch.set_num_threads(1)
         prepare(load_recipe(ROOT / "recipes/quickstart.yaml"))
         train_missing(given.seeds, RESULTS)
-    rows = read_rows(RESULTS)
+    rows = of_complete_seeds(read_rows(RESULTS))
     DOCS.mkdir(parents=True, exist_ok=True)
     draw(losses_of(rows), DOCS / "transfer.png")
     (DOCS / "transfer.md").write_text(page(rows), encoding="utf-8")
@@ -202,6 +202,14 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
+def of_complete_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of seeds that have every curve; others are still being trained."""
+    there = {setting_of(row) for row in rows}
+    every = [curve._replace(learning_rate=rate) for curve in curves(1) for rate in LEARNING_RATES]
+    complete = {row["seed"] for row in rows if all(setting._replace(seed=row["seed"]) in there for setting in every)}
+    return [row for row in rows if row["seed"] in complete]
+
+
 def setting_of(row: dict[str, Any]) -> Setting:
     """The setting of a row."""
     return Setting(**{name: row[name] for name in Setting._fields})
@@ -275,7 +283,10 @@ def draw(curves_of: Curves, file: Path) -> None:
             panel.axvline(
                 base, color="#d1495b", linewidth=1, linestyle="--", label="base's optimum" if not row + column else None
             )
-            panel.set_xscale("log", base=2)
+            rates = sorted({rate for curve in curves_of.values() for rate in curve})
+            panel.set_xscale("log")
+            panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            panel.minorticks_off()
             panel.grid(alpha=0.3)
             panel.legend(fontsize=8)
             panel.set_title(f"{parametrization}: {'widths' if row == 0 else 'depths'}")
@@ -331,9 +342,9 @@ rates: what is lost by tuning the base alone.
 
 ## How to read it
 
-- Each row is a model of its own optimum; a learning rate transfers where the last column is near zero. With {seeds} random
-  seed{"s" if seeds > 1 else ""} and {tokens:,} tokens a run, differences of some 0.05 nats, and of an optimum by a factor of 1.4, are
-  within noise.
+- A learning rate transfers where the last column is near zero. {noise(rows)}
+- A star lies at the vertex of a parabola, below the measured losses beside it. Where a curve is flat, noise moves its optimum far and
+  its loss little, so the last column is the better measure of the two.
 - These models are tiny and see few tokens. The page shows the direction and size of the shift at this scale; it does not show that
   the same holds at 1B parameters. The CompleteP paper (arXiv:2505.01618) has measurements up to 1.5B.
 - Learning rates are the recipe's. Under `completep` those of the layers' matrices are smaller by the width, and those of the
@@ -341,6 +352,28 @@ rates: what is lost by tuning the base alone.
 
 {sources(rows)}
 """
+
+
+def noise(rows: list[dict[str, Any]]) -> str:
+    """Return a sentence on how much two seeds differ near the optimum."""
+    by_setting: dict[Setting, list[float]] = {}
+    for row in rows:
+        by_setting.setdefault(setting_of(row)._replace(seed=0), []).append(row["loss"])
+    lowest: dict[Setting, float] = {}
+    for setting, losses in by_setting.items():
+        curve = setting._replace(learning_rate=0.0)
+        lowest[curve] = min(lowest.get(curve, math.inf), *losses)
+    near = [
+        np.var(losses, ddof=1)
+        for setting, losses in by_setting.items()
+        if len(losses) > 1 and min(losses) < lowest[setting._replace(learning_rate=0.0)] + 0.3
+    ]
+    if not near:
+        return "There is one random seed, so the noise is not known; neighbours of a smooth curve suggest some 0.05 nats."
+    return (
+        f"Two random seeds of one run differ with a standard deviation of {math.sqrt(float(np.mean(near))):.3f} nats where the loss is"
+        " within 0.3 nats of its curve's lowest."
+    )
 
 
 def finding(curves_of: Curves, axis: str) -> str:
@@ -352,8 +385,8 @@ def finding(curves_of: Curves, axis: str) -> str:
         rates = [each.learning_rate for each in best]
         lost = [excess(curve, here[0][1]) for _, curve in here]
         sentences.append(
-            f"under `{parametrization}` the optimum goes from {rates[0]:.2g} to {rates[-1]:.2g}, and lies within a factor of"
-            f" {max(rates) / min(rates):.1f} in all; the base's costs up to {max(lost):.3f} nats"
+            f"under `{parametrization}` the optimum is {rates[0]:.2g} for the base and {rates[-1]:.2g} for the largest, the farthest two a"
+            f" factor of {max(rates) / min(rates):.1f} apart, and the base's optimum costs up to {max(lost):.3f} nats"
         )
     largest = series(curves_of, "standard")[axis][-1][0]
     losses = [optimum(series(curves_of, name)[axis][-1][1]).loss for name in PARAMETRIZATIONS]
