@@ -111,3 +111,21 @@ def test_each_matrix_is_orthogonalized_by_one_rank(under, toy_tree, ranks, tmp_p
     counts = [int((tmp_path / f"rank-{rank}").read_text()) for rank in range(processes)]
     assert sum(counts) == 20 * 7 * load_recipe(file).model.num_hidden_layers
     assert max(counts) <= sum(counts) / 2
+
+
+@pytest.mark.distributed
+def test_in_bf16_the_sharded_run_learns_as_in_fp32(alone, toy_tree, ranks, tmp_path):
+    file = write(toy_tree, "llama", tmp_path, "bf16")
+    ranks.run("2gpu_fsdp2", file, fp32=False)
+    ours, theirs = metrics_of(load_recipe(file)), metrics_of(load_recipe(alone("llama")))
+    assert ours[0]["loss"] != theirs[0]["loss"]
+    assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], rel=1e-2)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_compiled_layers_learn_as_eager(alone, toy_tree, ranks, tmp_path):
+    file = write(toy_tree, "llama", tmp_path, "compiled")
+    ranks.start("2gpu_fsdp2", file, "training.compile=true").succeed(timeout=500)
+    ours, theirs = metrics_of(load_recipe(file)), metrics_of(load_recipe(alone("llama")))
+    assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], rel=1e-4)

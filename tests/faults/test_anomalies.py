@@ -33,18 +33,26 @@ job.Job.batch = lambda self, step: take(self, step if step < 5 else step + 3)
 """
 
 
-def skipped_step(folder, tmp_path):
-    """Weights before and after a step, from the checkpoints."""
-    shapes = {"model.causal_lm.model.norm.weight": 32, "optimizer.causal_lm.model.norm.weight.exp_avg": 32}
+def of_muon(optimizer):
+    return ", Muon" if optimizer == "muon" else ""
+
+
+def skipped_step(folder, optimizer):
+    """Weights and moments before and after a step, from the checkpoints."""
+    shapes = {"model.causal_lm.model.norm.weight": (32,), "optimizer.causal_lm.model.norm.weight.exp_avg": (32,)}
+    if optimizer == "muon":
+        matrix = "causal_lm.model.layers.1.self_attn.q_proj.weight"
+        shapes |= {f"model.{matrix}": (32, 32), f"optimizer.{matrix}.momentum_buffer": (32, 32)}
     for step in (7, 8):
         tensors = {name: torch.empty(size) for name, size in shapes.items()}
         read(folder / f"checkpoints/step-{step}", tensors)
         yield tensors
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("config", ["cpu", pytest.param("2gpu_fsdp2", marks=pytest.mark.distributed)])
-def test_nan_is_skipped_where_the_recipe_says_so(config, write_recipe, ranks, tmp_path, tried):
-    file = write_recipe(output__checkpoint_every=1, output__keep_last=20)
+def test_nan_is_skipped_where_the_recipe_says_so(config, optimizer, write_recipe, ranks, tried):
+    file = write_recipe(output__checkpoint_every=1, output__keep_last=20, optimizer__name=optimizer)
     printed = ranks.run(config, file, "anomalies.policy=skip", code=NAN_IN_STEP_8)
     assert printed.count("step 8: loss nan: its update is skipped (1 of at most 10)") == 1
     rows = metrics_of(load_recipe(file))
@@ -52,15 +60,20 @@ def test_nan_is_skipped_where_the_recipe_says_so(config, write_recipe, ranks, tm
     assert [row.get("anomaly") for row in rows] == [None] * 7 + ["loss nan"] + [None] * 2
     assert [row["anomalies"] for row in rows] == [0] * 7 + [1] * 3
     assert rows[7]["loss"] is None
-    before, after = skipped_step(Path(load_recipe(file).output.run_dir), tmp_path)
+    before, after = skipped_step(Path(load_recipe(file).output.run_dir), optimizer)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert rows[-1]["val_loss"] < rows[4]["val_loss"]
-    tried(f"a loss that is not a number, policy skip (`{config}`)", proof="one update left out, reported once, counted")
+    tried(
+        f"a loss that is not a number, policy skip (`{config}`{of_muon(optimizer)})", proof="one update left out, reported once, counted"
+    )
 
 
-@pytest.mark.parametrize("config", ["cpu", pytest.param("2gpu_zero1", marks=pytest.mark.distributed)])
-def test_a_rollback_goes_on_past_the_batch(config, write_recipe, ranks, tried):
-    file, expected = write_recipe(), write_recipe("expected")
+@pytest.mark.parametrize(
+    ("config", "optimizer"),
+    [("cpu", "adamw"), ("cpu", "muon"), pytest.param("2gpu_zero1", "adamw", marks=pytest.mark.distributed)],
+)
+def test_a_rollback_goes_on_past_the_batch(config, optimizer, write_recipe, ranks, tried):
+    file, expected = (write_recipe(name, optimizer__name=optimizer) for name in ("toy", "expected"))
     printed = ranks.run(config, file, "anomalies.policy=rollback", code=NAN_IN_STEP_8)
     assert printed.count("step 8: loss nan: return to the newest checkpoint, and skip the batches since (1 of at most 10)") == 1
     assert "resuming from" in printed
@@ -70,7 +83,7 @@ def test_a_rollback_goes_on_past_the_batch(config, write_recipe, ranks, tried):
     state = checkpoints.read_trainer_state(Path(load_recipe(file).output.run_dir) / "checkpoints/step-10")
     assert (state["passed_over"], state["anomalies"]) == (3, 1)
     tried(
-        f"a loss that is not a number, policy rollback (`{config}`)",
+        f"a loss that is not a number, policy rollback (`{config}`{of_muon(optimizer)})",
         proof="bit for bit the run that never saw those batches; reported once, counted",
     )
 
