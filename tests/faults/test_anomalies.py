@@ -64,7 +64,8 @@ def test_nan_is_skipped_where_the_recipe_says_so(config, optimizer, write_recipe
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert rows[-1]["val_loss"] < rows[4]["val_loss"]
     tried(
-        f"a loss that is not a number, policy skip (`{config}`{of_muon(optimizer)})", proof="one update left out, reported once, counted"
+        f"a loss that is not a number, policy skip (`{config}`{of_muon(optimizer)})",
+        proof="one update left out, reported once, counted",
     )
 
 
