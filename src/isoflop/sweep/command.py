@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +73,16 @@ def sweep_command(options: SweepOptions) -> int:
     if any(state_of(run).what != "finished" for group in groups for run in group):
         print("other processes train the rest; the same command fits the law when all are finished")
         return 0 if options.only is not None else EXIT_RESUME
-    return fit_command(FitOptions((sweep.output_dir,), out=law_file(sweep), hyperparameters=fits_alone(groups, sweep)))
+    return fit_sweep(groups, sweep)
+
+
+def fit_sweep(groups: list[Group], sweep: SweepConfig) -> int:
+    """Fit the law of a finished sweep; laws of learning rate and batch alone where there is no law of the loss."""
+    options = FitOptions((sweep.output_dir,), out=law_file(sweep), hyperparameters=fits_alone(groups, sweep))
+    code = fit_command(options)
+    if code == 0 or options.hyperparameters or not sweep.has_axes:
+        return code
+    return fit_command(replace(options, hyperparameters=True))
 
 
 def fits_alone(groups: list[Group], sweep: SweepConfig) -> bool:

@@ -1,6 +1,7 @@
 """The command: real runs of a toy sweep, stopped and gone on with; a finished one fitted, and a larger run by its law."""
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -38,11 +39,11 @@ def write_sweep(write_recipe, tmp_path):
     return write
 
 
-def finish(run):
-    """Leave a run's folder as if it had been trained, with the losses of a known law."""
+def finish(run, loss=None):
+    """Leave a run's folder as if it had been trained, with the losses of a known law or a given last one."""
     folder = Path(run.recipe.output.run_dir)
     folder.mkdir(parents=True)
-    loss = 1.2 + 40 / run.parameters**0.34 + 60 / run.tokens**0.28
+    loss = loss or 1.2 + 40 / run.parameters**0.34 + 60 / run.tokens**0.28
     every, per_step = run.recipe.evaluation.validate_every, run.recipe.training.tokens_per_step
     rows = [
         metrics_row(
@@ -144,6 +145,18 @@ def test_learning_rates_are_swept_and_fitted(write_sweep, tmp_path, capsys, run_
         assert rates[0] < law.peak_learning_rate.at(1e4, run.tokens).value < rates[2]
     with pytest.raises(UserError, match="of learning rate and batch, and none of the loss"):
         sweep_command(SweepOptions(path, target=1e12))
+
+
+def test_learning_rates_are_fitted_where_the_losses_give_no_law(write_sweep, tmp_path, capsys):
+    """Losses that do not fall with N and D: the law file has the learning rate alone."""
+    path = write_sweep(peak_learning_rate=[1e-3, 2e-3, 8e-3])
+    for group in groups_of(load_sweep_config(path)):
+        rate = group[0].recipe.optimizer.peak_learning_rate
+        finish(group[0], 3 + 0.02 * math.log(rate / 3e-3) ** 2)
+    assert sweep_command(SweepOptions(path)) == 0
+    assert "is not written: the parametric fit is" in capsys.readouterr().err
+    law = load_hyperparameters(tmp_path / "sweep/law.json")
+    assert law.peak_learning_rate.at(3e4, 1e5).value == pytest.approx(3e-3, rel=1e-3)
 
 
 def test_numbers_of_what_is_left(finished, tmp_path, capsys):
