@@ -84,6 +84,10 @@ class Saving(NamedTuple):
         """The factor where a step of Muon costs so many times a step of AdamW."""
         return Interval(*(each / ratio for each in self.tokens))
 
+    def over_time(self) -> Interval | None:
+        """The factor of time; None where steps were not timed."""
+        return self.over(self.size.timed["time_of_adamw"][0]) if self.size.timed else None
+
 
 def write(file: Path, folder: Path = DOCS) -> None:
     """Write the page and its figure."""
@@ -190,6 +194,8 @@ optimizers see the same initial weights and the same windows in the same order.
 
 ## Compute saved at equal loss
 
+{headline(savings)}
+
 {savings_table(savings)}
 
 The factor is AdamW's tokens over those at which Muon has the same loss, read from Muon's curve (interpolated in the logarithms of
@@ -226,6 +232,14 @@ Mean over the seeds; ± is their standard deviation.
 """
 
 
+def headline(savings: list[Saving]) -> str:
+    """The range of the factors, in a sentence."""
+    tokens = [one.tokens.estimate for one in savings]
+    times = [over.estimate for one in savings if (over := one.over_time())]
+    text = f"**Muon reaches AdamW's loss with {min(tokens):.2f} to {max(tokens):.2f} times fewer tokens"
+    return f"{text}, in {min(times):.2f} to {max(times):.2f} times less time.**" if times else f"{text}.**"
+
+
 def savings_table(savings: list[Saving]) -> str:
     """The factors, a line for each size and duration."""
     lines = []
@@ -233,11 +247,10 @@ def savings_table(savings: list[Saving]) -> str:
         adamw, muon = (one.size.mean_curve(name) for name in OPTIMIZERS)
         timed = one.size.timed
         flops = one.over(1 + timed["muon_update_flops"] / timed["step_flops"]) if timed else None
-        time = one.over(timed["time_of_adamw"][0]) if timed else None
         lines.append(
             [f"{one.size.parameters:,}", str(one.duration), f"{adamw[one.duration]:.3f}",
              f"{muon[one.duration]:.3f}" if one.duration in muon else "", f"**{one.tokens.estimate:.2f}** ({_ends(one.tokens)})",
-             *(f"{each.estimate:.2f} ({_ends(each)})" if each else "" for each in (flops, time)), str(one.seeds)]
+             *(f"{each.estimate:.2f} ({_ends(each)})" if each else "" for each in (flops, one.over_time())), str(one.seeds)]
         )  # fmt: skip
     header = ["parameters", "AdamW's tokens a parameter", "AdamW's loss", "Muon's at as many", "saved: tokens", "FLOPs", "time",
               "seeds"]  # fmt: skip

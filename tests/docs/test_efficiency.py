@@ -143,6 +143,7 @@ def test_the_page_says_what_is_saved_and_how_it_changes_with_size(tmp_path):
     sizes = page.sizes_of(made_up((1.8, 1.6, 1.5)), timed)
     text = page.page(sizes, "where", on_gpu=False)
     assert "| 33,952 | 20 | 2.443 | 2.047 | **1.80** (1.80 to 1.80) | 1.64 (1.64 to 1.64) | 1.44 (1.44 to 1.44) | 3 |" in text
+    assert "**Muon reaches AdamW's loss with 1.50 to 1.80 times fewer tokens, in 1.20 to 1.44 times less time.**" in text
     assert "- 20 tokens a parameter, by size: 1.80, 1.60, 1.50; each doubling of the parameters multiplies it by 0.8" in text
     assert text.count(", so it falls.") == 3
     assert "- 33,952 parameters, by duration: 1.80, 1.80, 1.80; each doubling of the tokens multiplies it by 1.000 (" in text
@@ -162,6 +163,7 @@ def test_the_page_is_written_from_what_is_there_so_far():
     assert [(one.size.width, one.duration) for one in page.savings_of(sizes)] == [(32, 10), (32, 20), (48, 10), (48, 20)]
     text = page.page(sizes, "where", on_gpu=False)
     assert "by size:" not in text
+    assert "with 1.60 to 1.80 times fewer tokens.**" in text
     assert "- 33,952 parameters, by duration: 1.80, 1.80;" in text
     single = page.page(page.sizes_of([row for row in some if row.setting.seed == 0], []), "where", on_gpu=False)
     assert "**1.80** (of one seed)" in single
