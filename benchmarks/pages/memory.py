@@ -29,7 +29,11 @@ def tracked() -> list[str]:
         for micro, checkpointing in ((1, False), (4, False), (4, True)):
             recipe = load_recipe(
                 f"recipes/{name}.yaml",
-                [f"training.micro_batch_size={micro}", f"training.activation_checkpointing={str(checkpointing).lower()}"],
+                [
+                    "optimizer.name=adamw",
+                    f"training.micro_batch_size={micro}",
+                    f"training.activation_checkpointing={str(checkpointing).lower()}",
+                ],
             )
             launch = cost.Launch("1gpu", "single")
             predicted = cost.predicted_memory(recipe.model, recipe.training, recipe.optimizer, launch).total
@@ -43,7 +47,13 @@ def measured() -> list[str]:
     """fp32 on a CPU: the prediction against the growth of a real process that really trains."""
     rows = []
     for name, micro in MEASURED:
-        command = [sys.executable, "scripts/plan.py", f"recipes/{name}.yaml", f"training.micro_batch_size={micro}"]
+        command = [
+            sys.executable,
+            "scripts/plan.py",
+            f"recipes/{name}.yaml",
+            f"training.micro_batch_size={micro}",
+            "optimizer.name=adamw",
+        ]
         if name == "quickstart":
             command.append(f"training.tokens_per_step={2 * micro * 256}")  # two micro-batches: gradients live on, as elsewhere
         done = subprocess.run(

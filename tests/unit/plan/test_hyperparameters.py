@@ -198,7 +198,7 @@ def test_a_recipes_own_values_are_compared():
 
 
 def test_what_is_not_compared_says_why():
-    quickstart = make_plan("quickstart").hyperparameters
+    quickstart = make_plan("quickstart", ["optimizer.name=adamw"]).hyperparameters
     assert quickstart.law is None
     assert quickstart.outside.startswith("law step_law is far from its runs: N = 2.03e+06 parameters")
     muon = make_plan("gpt2_124m", ["optimizer.name=muon"]).hyperparameters
