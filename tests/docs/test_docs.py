@@ -29,7 +29,7 @@ def test_the_reproductions_page_is_what_its_script_prints():
 
 
 SHIPPED = shipped_files("recipes")
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), ROOT / "recipes/ablations/README.md"]
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), ROOT / "recipes/ablations/README.md"]
 
 
 def typed_commands():
