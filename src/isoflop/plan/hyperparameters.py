@@ -175,7 +175,7 @@ def _schedule(law: HyperparameterLaw, peak: float, steps: int) -> Schedule:
     schedule, share = law.schedule or DEFAULT_SCHEDULE, law.final_share
     if share is None and law.schedule is None:
         share = DEFAULT_FINAL_SHARE
-    final = schedule.final_learning_rate if share is None else share * peak
+    final = min(schedule.final_learning_rate, peak) if share is None else share * peak
     warmup = min(schedule.warmup_steps, int(WARMUP_SHARE * steps))
     return schedule.model_copy(update={"warmup_steps": warmup, "final_learning_rate": final})
 

@@ -236,3 +236,9 @@ def test_the_manual_lists_every_law_with_its_formulas():
             assert law.tokens_per_step.formula() in rows[name]
         if law.decay_timescale:
             assert f"{law.decay_timescale:.3g} D)" in rows[name]
+
+
+def test_a_fixed_final_learning_rate_is_never_above_the_peak():
+    far = choose(STEP_LAW, 1e12, 2e10)
+    assert far.peak_learning_rate.value < 1e-5
+    assert far.schedule.final_learning_rate == far.peak_learning_rate.value
