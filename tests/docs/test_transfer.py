@@ -84,6 +84,8 @@ def test_the_page_says_what_the_rows_say(tmp_path):
     assert (
         "under `completep` the optimum is 0.008 for the base and 0.008 for the largest, the farthest two a factor of 1.0" in page
     )
+    assert "So this page shows that `completep` transfers learning rates over width better" in page
+    assert "So this page does not show that `completep` transfers learning rates over depth better" in page
     assert "There is one random seed" in page
     assert "standard deviation of 0.071 nats" in transfer.page(
         rows + [{**row, "seed": 1, "loss": row["loss"] + 0.1} for row in rows]
