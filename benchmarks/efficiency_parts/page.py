@@ -270,7 +270,21 @@ def trends(savings: list[Saving]) -> str:
         if len(own) > 1:
             points = [(one.duration, factor) for one in own for factor in one.size.factors(one.duration)]
             lines.append(f"- {parameters:,} parameters, by duration: {_trend(own, points, 'tokens')}.")
-    return "How the factor of tokens changes:\n\n" + "\n".join(lines) + "\n\n" if lines else ""
+    if not lines:
+        return ""
+    like = (f"Learning rates are tuned at {TUNED_AT} tokens a parameter, so those lines compare like with like. One that is low or"
+            " high for another\nduration moves the other lines, and the intervals know of random seeds alone.")  # fmt: skip
+    return "How the factor of tokens changes:\n\n" + "\n".join(lines) + f"\n\n{like}{_published_fall(savings)}\n\n"
+
+
+def _published_fall(savings: list[Saving]) -> str:
+    """Whether these sizes show the fall with size that is published, where the learning rates are tuned."""
+    own = [one for one in savings if one.duration == TUNED_AT]
+    if len(own) < len(SHAPES):
+        return ""
+    growth = growth_by_doubling([(one.size.parameters, factor) for one in own for factor in one.size.factors(TUNED_AT)])
+    seen = "is seen here too" if growth.high < 1 else "is not seen over these sizes"
+    return f" The published fall of the factor with\nsize {seen}."
 
 
 def _trend(own: list[Saving], points: list[tuple[int, float]], of: str) -> str:
