@@ -272,8 +272,8 @@ def trends(savings: list[Saving]) -> str:
             lines.append(f"- {parameters:,} parameters, by duration: {_trend(own, points, 'tokens')}.")
     if not lines:
         return ""
-    like = (f"Learning rates are tuned at {TUNED_AT} tokens a parameter, so those lines compare like with like. One that is low or"
-            " high for another\nduration moves the other lines, and the intervals know of random seeds alone.")  # fmt: skip
+    like = (f"Learning rates are tuned at {TUNED_AT} tokens a parameter, so those lines compare like with like. One that is low"
+            " or high for another\nduration moves the other lines, and the intervals know of random seeds alone.")  # fmt: skip
     return "How the factor of tokens changes:\n\n" + "\n".join(lines) + f"\n\n{like}{_published_fall(savings)}\n\n"
 
 
