@@ -156,7 +156,7 @@ def optimizer(context: Context, emit: Emit, name: str) -> None:
 
 
 def muon(context: Context, emit: Emit, name: str) -> None:
-    """The library's Muon and torch's over the matrices of the layers: five Newton-Schulz steps in bf16 for each."""
+    """The library's Muon and torch's over the matrices of the layers: four and five Newton-Schulz steps in bf16."""
     recipe = sized(context, name, "training.compile=false", "optimizer.name=muon")
     with context.device:
         model = build_training_model(recipe, eos_token_id=0, bos_token_id=None, device=context.device)

@@ -117,8 +117,8 @@ def test_a_run_with_a_row_is_not_trained_again(small, monkeypatch):
     runs.time_size(32, 2, small, where)
     (timed,) = runs.read(small, "time")
     assert timed["time_of_adamw"][1] <= timed["time_of_adamw"][0] <= timed["time_of_adamw"][2]
-    # Newton-Schulz in 5 steps of 4 r^2 c + 2 r^3: in each layer 4 matrices of 32 x 32 and 3 of 32 x 48.
-    assert timed["muon_update_flops"] == 2 * 5 * (4 * 6 * 32**3 + 3 * (4 * 32**2 * 48 + 2 * 32**3))
+    # Newton-Schulz in 4 steps of 4 r^2 c + 2 r^3: in each layer 4 matrices of 32 x 32 and 3 of 32 x 48.
+    assert timed["muon_update_flops"] == 2 * 4 * (4 * 6 * 32**3 + 3 * (4 * 32**2 * 48 + 2 * 32**3))
 
 
 def made_up(factors, seeds=runs.SEEDS):

@@ -238,7 +238,8 @@ def _scaled(name: str, measured: MfuRow) -> MfuRow:
 
 
 # torch.optim.Muon on one H200 in bf16 took 31 ms for the 84 matrices of modern_124m and 144 ms for the 126 of llama2_1.36b
-# (benchmarks/results/gpu.jsonl): two equations for a time per matrix, spent on small kernels, and for a share of the peak.
+# (benchmarks/results/gpu.jsonl), in five Newton-Schulz steps: two equations for a time per matrix, spent on small kernels, and
+# for a share of the peak.
 MUON_SECONDS_PER_MATRIX = 0.34e-3
 MUON_PEAK_SHARE = 0.68
 

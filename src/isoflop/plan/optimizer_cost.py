@@ -7,7 +7,7 @@ from isoflop.config.recipe_optimizer import Optimizer
 from isoflop.plan.shape import head_parameters, matmul_parameters, parameters, shape_of
 
 # Steps of `train.muon`, which needs torch; a test keeps them equal.
-NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_STEPS = 4
 
 
 def hidden_matrices(model: Model) -> list[tuple[int, int]]:

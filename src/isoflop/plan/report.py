@@ -8,6 +8,7 @@ from isoflop.plan import cost, hardware
 from isoflop.plan.budgets import BudgetPlan, GpuHours, RankedShape
 from isoflop.plan.families import PublishedModel
 from isoflop.plan.models import TargetShape
+from isoflop.plan.optimizer_cost import NEWTON_SCHULZ_STEPS
 from isoflop.plan.results import GpuCost, Plan
 from isoflop.plan.search import COMPUTE_OPTIMAL, NEAR_20N, NEAR_OPTIMAL_NATS
 from isoflop.utils.tables import short, table
@@ -77,7 +78,8 @@ def _size(plan: Plan) -> str:
         f"FLOPs per token: {stats.flops_per_token:,} = 3 x (2 x {stats.matmul_parameters:,} in matrix products"
         f" + 4 x {stats.sequence_length} x {width} x {s.num_layers} layers); 6N = {stats.flops_per_token_6n:,}\n"
         + (
-            f"Muon: {stats.update_flops:,} FLOPs an update in 5 Newton-Schulz steps of {stats.muon_matrices} matrices,"
+            f"Muon: {stats.update_flops:,} FLOPs an update in {NEWTON_SCHULZ_STEPS} Newton-Schulz steps of"
+            f" {stats.muon_matrices} matrices,"
             f" {stats.update_flops / (stats.tokens_per_step * stats.flops_per_token):.2%} of a step's\n"
             if stats.update_flops
             else ""

@@ -38,10 +38,20 @@ def test_matrices_state_and_checkpoint_are_those_that_training_has(family, momen
 @settings(deadline=None, max_examples=20)
 def test_flops_of_an_update_are_those_dispatched(rows, columns):
     with FlopCounterMode(display=False) as counter:
+        muon.orthogonalize(torch.randn(1, rows, columns).bfloat16())
+    r, c = sorted((rows, columns))
+    assert counter.get_total_flops() == 4 * (4 * r * r * c + 2 * r**3)
+    assert len(muon.COEFFICIENTS) == optimizer_cost.NEWTON_SCHULZ_STEPS == 4
+
+
+@given(rows=st.integers(2, 24), columns=st.integers(2, 24))
+@settings(deadline=None, max_examples=20)
+def test_in_fp32_an_update_takes_at_most_as_many_flops(rows, columns):
+    with FlopCounterMode(display=False) as counter:
         muon.orthogonalize(torch.randn(1, rows, columns))
     r, c = sorted((rows, columns))
-    assert counter.get_total_flops() == 5 * (4 * r * r * c + 2 * r**3)
-    assert muon.NEWTON_SCHULZ_STEPS == optimizer_cost.NEWTON_SCHULZ_STEPS
+    by_steps, by_factor = 4 * (4 * r * r * c + 2 * r**3), 4 * r * r * c + 26 * r**3
+    assert counter.get_total_flops() == (by_factor if c > 1.5 * r else by_steps) == min(by_factor, by_steps)
 
 
 def test_adamw_is_as_before():
@@ -72,11 +82,13 @@ def test_what_is_exchanged_by_hand():
 
 
 def test_a_step_with_muon_takes_the_measured_time_longer():
-    """31 ms for the 84 matrices of the 124M and 144 ms for the 126 of the 1.36B, measured on one H200."""
+    """31 ms for the 84 matrices of the 124M and 144 ms for the 126 of the 1.36B, in five steps on one H200; four take less."""
     peak = hardware.GPUS["h200"].peak_bf16_flops
     for name, seconds in (("modern_124m", 0.0310), ("llama2_1.36b", 0.1439)):
         stats = training_stats(load_recipe(name, ["optimizer.name=muon"]))
-        assert hardware.update_seconds(stats.update_flops, stats.muon_matrices, peak, 1) == pytest.approx(seconds, rel=0.01)
+        five_steps = stats.update_flops * 5 // 4
+        assert hardware.update_seconds(five_steps, stats.muon_matrices, peak, 1) == pytest.approx(seconds, rel=0.01)
+        seconds = hardware.update_seconds(stats.update_flops, stats.muon_matrices, peak, 1)
         adamw, (h200,) = training_stats(load_recipe(name)), GpuOptions(gpu="h200").specs()
         longer_s = 3600 * (h200.recipe_hours(stats, 2) - h200.recipe_hours(adamw, 2)) / stats.steps
         assert longer_s == pytest.approx(seconds / 2, rel=0.01)
@@ -87,4 +99,4 @@ def test_a_step_with_muon_takes_the_measured_time_longer():
 def test_a_plan_for_muon_has_no_launch_of_deepspeed():
     found = plan("modern_124m", overrides=["optimizer.name=muon"], gpu="a6000", num_gpus=2)
     assert {row.launch.engine for row in found.memory_and_time.launches} == {"single", "ddp", "fsdp2"}
-    assert found.to_dict()["update_flops"] == 1_685_103_575_040
+    assert found.to_dict()["update_flops"] == 1_348_082_860_032
