@@ -66,7 +66,7 @@ def quickstart(context: Context, emit: Emit) -> None:
     on_device = ON_CPU | {"OMP_NUM_THREADS": "2"} if context.rehearse else {"ACCELERATE_MIXED_PRECISION": "no"}
     on_cpu = ON_CPU | ({"OMP_NUM_THREADS": "1"} if context.rehearse else {})
     started = {
-        name: start(context, ["scripts/pretrain.py"], folder / name, variables, "optimizer.name=adamw")  # Muon iterates in bf16
+        name: start(context, ["scripts/pretrain.py"], folder / name, variables)
         for name, variables in {"device": on_device, "cpu": on_cpu}.items()
     }
     for name, process in started.items():

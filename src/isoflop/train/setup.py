@@ -216,7 +216,8 @@ def build_job(recipe: Recipe, manifest: Manifest, accelerator: Accelerator, stop
     training_model = build_training_model(recipe, tokens.eos_token_id, tokens.bos_token_id, accelerator.device)
     downstream = build_downstream(recipe.evaluation, training_model, tokenizer, accelerator, stop)
     causal_lm = training_model.causal_lm
-    optimizer = build_optimizer(causal_lm, recipe.optimizer, accelerator.device, parameter_scales(causal_lm, recipe))
+    scales = parameter_scales(causal_lm, recipe)
+    optimizer = build_optimizer(causal_lm, recipe.optimizer, accelerator.device, scales, fp32=not launch.bf16)
     model, optimizer = prepare(training_model, optimizer, accelerator)
     prepared_dir = recipe.data.prepared_dir
     return Job(

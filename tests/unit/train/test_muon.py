@@ -208,3 +208,11 @@ def test_keys_of_muon_are_refused_under_adamw(changes, message):
     with pytest.raises(ValueError, match=message):
         Optimizer(peak_learning_rate=1e-3, **changes)
     assert Optimizer(peak_learning_rate=1e-3, momentum=0.95).momentum == 0.95  # a recipe with every default written out
+
+
+@pytest.mark.parametrize(
+    ("device", "fp32", "dtype"), [("cuda", False, "bfloat16"), ("cuda", True, "float32"), ("cpu", False, "float32")]
+)
+def test_the_iteration_is_in_bf16_on_a_gpu_but_for_launches_in_fp32(device, fp32, dtype, model_of):
+    optimizer = build_optimizer(model_of("llama"), Optimizer(**RECIPE), torch.device(device), fp32=fp32)
+    assert optimizer.iteration_dtype == getattr(torch, dtype)
