@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from efficiency_parts import page
 from efficiency_parts.runs import DURATIONS, OPTIMIZERS, SEEDS, SHAPES, TUNED_AT, Setting, load, time_size, train, tree_of
+from pages.measured import tuned_losses
 from rows import ROOT, about
 
 from isoflop.prepare.run import prepare
@@ -70,14 +71,7 @@ def train_seeds(
 
 def tune(loss_of: Callable[[float], float]) -> dict[float, float]:
     """Return losses by learning rate, with learning rates added until the lowest loss lies between two others."""
-    losses = {rate: loss_of(rate) for rate in LEARNING_RATES}
-    for _ in range(FARTHEST):
-        best = min(losses, key=lambda rate: losses[rate])
-        if best not in (min(losses), max(losses)):
-            break
-        added = best / 2 if best == min(losses) else best * 2
-        losses[added] = loss_of(added)
-    return losses
+    return tuned_losses(loss_of, LEARNING_RATES, FARTHEST)
 
 
 if __name__ == "__main__":

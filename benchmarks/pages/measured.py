@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Row = dict[str, Any]
@@ -33,3 +33,15 @@ def sources(rows: Iterable[Row]) -> str:
         lines.append(f"{commands} at {commits} on {machine}; torch {own[0]['versions']['torch']},"
                      f" transformers {own[0]['versions']['transformers']}.")  # fmt: skip
     return "\n".join(lines)
+
+
+def tuned_losses(loss_of: Callable[[float], float], learning_rates: Iterable[float], farthest: int) -> dict[float, float]:
+    """Losses by learning rate; up to `farthest` are added, by a factor of 2, until the lowest loss lies between two others."""
+    losses = {rate: loss_of(rate) for rate in learning_rates}
+    for _ in range(farthest):
+        best = min(losses, key=lambda rate: losses[rate])
+        if best not in (min(losses), max(losses)):
+            break
+        added = best / 2 if best == min(losses) else best * 2
+        losses[added] = loss_of(added)
+    return losses

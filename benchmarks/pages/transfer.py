@@ -19,7 +19,7 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 import torch
-from measured import sources
+from measured import sources, tuned_losses
 
 from isoflop.config.loading import load_recipe
 from isoflop.config.recipe import Recipe
@@ -189,14 +189,7 @@ def train_missing(seeds: int, file: Path) -> None:
 
 def train_curve(loss_of: Callable[[float], float]) -> dict[float, float]:
     """Return losses by learning rate, with learning rates added until the lowest loss lies between two others."""
-    losses = {rate: loss_of(rate) for rate in LEARNING_RATES}
-    for _ in range(FARTHEST):
-        best = min(losses, key=lambda rate: losses[rate])
-        if best not in (min(losses), max(losses)):
-            break
-        added = best / 2 if best == min(losses) else best * 2
-        losses[added] = loss_of(added)
-    return losses
+    return tuned_losses(loss_of, LEARNING_RATES, FARTHEST)
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isoflop.config.recipe import Recipe
-from isoflop.plan.hyperparameters import Hyperparameters, choose, law_for
+from isoflop.plan.hyperparameters import Hyperparameters, choose, law_of
 from isoflop.plan.shape import tuned_parameters
 from isoflop.scaling.laws import DEFAULT_LAW, FAR, Law, load_law
 from isoflop.utils.errors import UserError
@@ -121,10 +121,7 @@ def compare_hyperparameters(recipe: Recipe, tokens: int, law: Law) -> Hyperparam
     """
     n, optimizer = tuned_parameters(recipe.model, recipe.parametrization), recipe.optimizer
     own = (optimizer.peak_learning_rate, recipe.training.tokens_per_step, optimizer.weight_decay)
-    fitted = law.hyperparameters
-    of_law = fitted if fitted and fitted.optimizer == optimizer.name else law_for(optimizer.name, n, tokens)
-    if not of_law.name:
-        of_law = of_law.model_copy(update={"name": law.name})
+    of_law = law_of(law, optimizer.name, n, tokens)
     if outside := of_law.outside(n, tokens, factor=FAR):
         reason = f"law {of_law.name} is far from its runs: {'; '.join(outside)}"
         return HyperparameterComparison(*own, None, reason, None, None, None)

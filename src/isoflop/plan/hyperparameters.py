@@ -12,7 +12,7 @@ from typing import Any
 from isoflop.config.recipe_optimizer import Schedule
 from isoflop.scaling.hyperparameter_laws import default_law, load_hyperparameter_law
 from isoflop.scaling.hyperparameters import HyperparameterLaw, Interval, OptimizerName
-from isoflop.scaling.laws import critical_batch_tokens, load_law
+from isoflop.scaling.laws import Law, critical_batch_tokens, load_law
 from isoflop.utils.errors import UserError
 
 WARMUP_SHARE = 0.1  # of the steps at most; the 1.3B to 2.2B recipes warm up over 2,000 of 25,000
@@ -178,6 +178,14 @@ def _schedule(law: HyperparameterLaw, peak: float, steps: int) -> Schedule:
     final = min(schedule.final_learning_rate, peak) if share is None else share * peak
     warmup = min(schedule.warmup_steps, int(WARMUP_SHARE * steps))
     return schedule.model_copy(update={"warmup_steps": warmup, "final_learning_rate": final})
+
+
+def law_of(law: Law, optimizer: OptimizerName, n: float, tokens: float, named: str | None = None) -> HyperparameterLaw:
+    """Return the law of learning rate and batch that was named, else that of a loss law's file, else the optimizer's default."""
+    fitted = law.hyperparameters
+    if named is None and fitted and fitted.optimizer == optimizer:
+        return fitted if fitted.name else fitted.model_copy(update={"name": law.name})
+    return law_for(optimizer, n, tokens, named)
 
 
 def law_for(

@@ -14,7 +14,7 @@ from isoflop.config.recipe import Model, Recipe
 from isoflop.plan import cost
 from isoflop.plan.families import Family
 from isoflop.plan.gpus import GpuOptions
-from isoflop.plan.hyperparameters import Hyperparameters, law_for
+from isoflop.plan.hyperparameters import Hyperparameters, law_of
 from isoflop.plan.launches import known_launches
 from isoflop.plan.planner import plan_recipe
 from isoflop.plan.recipe_writer import Target, recipe_for, write_recipe
@@ -98,15 +98,11 @@ def _hyperparameter_law(new: NewRecipe) -> tuple[HyperparameterLaw | None, list[
     """
     base = load_recipe(new.family.recipe)
     optimizer, n = new.tuning.optimizer or base.optimizer.name, tuned_parameters(new.model, base.parametrization)
-    fitted = new.law.hyperparameters
-    if new.tuning.law is None and fitted and fitted.optimizer == optimizer:
-        law = fitted if fitted.name else fitted.model_copy(update={"name": new.law.name})
-    else:
-        law = law_for(optimizer, n, new.tokens, new.tuning.law)
-    if new.tuning.law is None and (outside := law.outside(n, new.tokens, factor=FAR)):
-        reason = f"law {law.name} is far from its runs: {'; '.join(outside)}"
-    else:
+    law = law_of(new.law, optimizer, n, new.tokens, new.tuning.law)
+    outside = law.outside(n, new.tokens, factor=FAR)
+    if new.tuning.law is not None or not outside:
         return law, []
+    reason = f"law {law.name} is far from its runs: {'; '.join(outside)}"
     if optimizer != base.optimizer.name:
         raise UserError(
             f"--optimizer {optimizer}: {reason}, and {new.family.recipe} has values for {base.optimizer.name} alone; name a law"

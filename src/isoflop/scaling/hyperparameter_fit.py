@@ -32,7 +32,7 @@ NEAR = 0.015  # nats above a grid's least loss; of 0.01, 0.015 and 0.02 the firs
 FEWEST_NEAR = {1: 3, 2: 6}  # points of a grid that are used at least, by its axes: as many as a quadratic has coefficients
 FEWEST_VALUES = 3  # of an axis: a minimum has values on both sides
 FEWEST_SIZES = 3  # distinct N, or D, for an exponent: two points determine a power without testing it
-TOGETHER = 0.98  # correlation of ln N and ln D from which their exponents cannot be told apart
+COLLINEAR = 0.98  # correlation of ln N and ln D above which no fit can separate their exponents
 MOST_ELONGATED = 100.0  # ratio of the curvature's eigenvalues; Step Law's is 3. Beyond it the minimum is a line
 VALID_DRAWS = 0.5  # share of the bootstrap draws that must determine the laws, else there is no interval
 
@@ -176,7 +176,7 @@ def _determined(grids: list[Grid]) -> list[int]:
     known = [name for name, count in _distinct_sizes(grids).items() if count >= FEWEST_SIZES]
     if len(known) == 2:
         logs = np.log([(grid.parameters, grid.tokens) for grid in grids])
-        if abs(np.corrcoef(logs.T)[0, 1]) > TOGETHER:
+        if abs(np.corrcoef(logs.T)[0, 1]) > COLLINEAR:
             known = ["D"]
     return [0, *(1 + ("N", "D").index(name) for name in known)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -203,7 +203,8 @@ class Muon(torch.optim.Optimizer):
             ranks = layout.num_shards * layout.num_replicas
             most = GPU_BATCH_ELEMENTS if alike[0][0].is_cuda else CPU_BATCH_ELEMENTS
             batch = min(max(1, most // math.prod(shape)), -(-len(alike) // ranks))
-            for some in _batched(alike, ranks * batch):
+            for start in range(0, len(alike), ranks * batch):
+                some = alike[start : start + ranks * batch]
                 directions = [self._direction(p, group["momentum"], found_inf) for p, group in some]
                 for (p, group), update in zip(some, exchange.orthogonalize(directions, batch), strict=True):
                     weight, lr = local(p), group["lr"]
@@ -234,8 +235,3 @@ def local(tensor: Any) -> Tensor:
     """Return this rank's part of a tensor."""
     part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return part
-
-
-def _batched(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

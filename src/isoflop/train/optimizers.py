@@ -46,10 +46,10 @@ def build_optimizer(
     takes it on a GPU; `fp32` is for launches in fp32, where engines' sums differ in the last bits alone: with an iteration in
     bf16 their losses were up to 7e-5 apart after 20 steps.
     """
-    if optimizer.name == "adamw":
-        return _adamw(parameter_groups(model, optimizer, scales or {}), optimizer, device)
-    moments_dtype = getattr(torch, optimizer.moments_dtype)
     groups = parameter_groups(model, optimizer, scales or {})
+    if optimizer.name == "adamw":
+        return _adamw(groups, optimizer, device)
+    moments_dtype = getattr(torch, optimizer.moments_dtype)
     iteration_dtype = torch.bfloat16 if device.type == "cuda" and not fp32 else torch.float32
     return Muon(groups, lambda rest: _adamw(rest, optimizer, device), moments_dtype, iteration_dtype)
 

@@ -183,6 +183,29 @@ def test_a_flag_on_the_device_leaves_everything_as_it_is(model_of):
     assert not any(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
 
 
+@torch.no_grad()
+def test_a_flag_that_the_host_does_not_read_changes_matrices_and_momentum_as_none_does(model_of):
+    """As on a GPU: a flag of 0 updates as no flag does, a flag of 1 leaves weights and momentum as they are."""
+    runs = []
+    for flag in (None, torch.tensor(0.0)):
+        optimizer = build_optimizer(model_of("llama"), Optimizer(**RECIPE), CPU)
+        weights = [p for g in optimizer.param_groups if g["algorithm"] == "muon" for p in g["params"]]
+        torch.manual_seed(0)
+        for _ in range(3):
+            for p in weights:
+                p.grad = torch.randn_like(p)
+            optimizer._update_matrices(flag)
+        runs.append([w.clone() for w in weights])
+    for ours, theirs in zip(*runs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-7)
+    momenta = [optimizer.state[p]["momentum_buffer"].clone() for p in weights]
+    for p in weights:
+        p.grad = torch.full_like(p, math.nan)
+    optimizer._update_matrices(torch.tensor(1.0))
+    assert all(torch.equal(p, before) for p, before in zip(weights, runs[1], strict=True))
+    assert all(torch.equal(optimizer.state[p]["momentum_buffer"], m) for p, m in zip(weights, momenta, strict=True))
+
+
 MUON = ["optimizer.name=muon"]
 
 
