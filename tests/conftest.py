@@ -184,20 +184,23 @@ def uninterrupted(toy_tree, tmp_path_factory):
     return recipes
 
 
+def write_toy(toy_tree, model, file, run_dir, changes):
+    """Write the toy recipe with a model, a run folder, and some keys set (`section__key`); returns its path."""
+    tree = json.loads(json.dumps(toy_tree)) | {"model": dict(model)}
+    tree["output"]["run_dir"] = str(run_dir)
+    for key, value in changes.items():
+        section, leaf = key.split("__")
+        tree.setdefault(section, {})[leaf] = value
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return file
+
+
 @pytest.fixture
 def write_recipe(toy_tree, tmp_path):
     """Write the toy recipe with some dotted keys set; returns its path."""
 
     def write(name="toy", family="llama", **changes):
-        tree = json.loads(json.dumps(toy_tree))
-        tree["model"] = dict(TOY_MODELS[family])
-        tree["output"]["run_dir"] = str(tmp_path / "runs" / name)
-        for key, value in changes.items():
-            section, leaf = key.split("__")
-            tree.setdefault(section, {})[leaf] = value
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(tree), encoding="utf-8")
-        return file
+        return write_toy(toy_tree, TOY_MODELS[family], tmp_path / f"{name}.yaml", tmp_path / "runs" / name, changes)
 
     return write
 

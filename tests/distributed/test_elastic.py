@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import metrics_of
+from conftest import TOY_MODELS, metrics_of, write_toy
 
 from isoflop.config.loading import load_recipe
 
@@ -53,16 +53,8 @@ def saved(toy_tree, ranks, tmp_path_factory):
 
 
 def write(toy_tree, family, folder, name):
-    import yaml
-    from conftest import TOY_MODELS
-
-    tree = json.loads(json.dumps(toy_tree)) | {"model": TOY_MODELS[family] | {"tie_word_embeddings": family == "gpt2"}}
-    for key, value in SIZES.items():
-        section, leaf = key.split("__")
-        tree[section][leaf] = value
-    tree["output"]["run_dir"] = str(folder / name)
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    return folder / f"{name}.yaml"
+    model = TOY_MODELS[family] | {"tie_word_embeddings": family == "gpt2"}
+    return write_toy(toy_tree, model, folder / f"{name}.yaml", folder / name, SIZES)
 
 
 @pytest.mark.distributed

@@ -1,11 +1,10 @@
 """Muon under every engine: each matrix is orthogonalized by one rank, and the losses are those of one process."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import curve_of, metrics_of, weights_of
+from conftest import TOY_MODELS, curve_of, metrics_of, weights_of, write_toy
 
 from isoflop.config.loading import load_recipe
 
@@ -34,16 +33,7 @@ def alone(toy_tree, ranks, tmp_path_factory):
 
 
 def write(toy_tree, family, folder, name):
-    import yaml
-    from conftest import TOY_MODELS
-
-    tree = json.loads(json.dumps(toy_tree)) | {"model": TOY_MODELS[family]}
-    for key, value in (MUON | SIZES).items():
-        section, leaf = key.split("__")
-        tree[section][leaf] = value
-    tree["output"]["run_dir"] = str(folder / name)
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    return folder / f"{name}.yaml"
+    return write_toy(toy_tree, TOY_MODELS[family], folder / f"{name}.yaml", folder / name, MUON | SIZES)
 
 
 @pytest.mark.distributed
